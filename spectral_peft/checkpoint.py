@@ -1,0 +1,97 @@
+"""What an adapter checkpoint holds, and the checks of one before any of it reaches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from spectral_peft.errors import SpectralError
+from spectral_peft.layer import SpectralLinear
+from spectral_peft.update import SpectralUpdate
+
+
+def adapter_updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SpectralLinear, SpectralUpdate]]:
+    """The updates of an adapter: (state dict prefix of the update, its layer, the update)."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SpectralLinear):
+            for container in layer.adapter_layer_names:
+                updates = getattr(layer, container)
+                if adapter_name in updates:
+                    yield f"{name}.{container}.{adapter_name}.".lstrip("."), layer, updates[adapter_name]
+
+
+def start_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """State dict keys of the frozen starts of an adapter, which `save_start=False` leaves out of a checkpoint."""
+    return {
+        f"{prefix}{name}" for prefix, _, update in adapter_updates(model, adapter_name) for name, _ in update.frozen()
+    }
+
+
+def complete_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `state_dict`, in the model's keys, with the starts that a checkpoint left out computed anew.
+
+    Raises:
+        SpectralError: a tensor is missing or has the wrong kind of dtype, or the adapter was trained on another base
+            weight. Nothing has changed then.
+    """
+    completed = dict(state_dict)
+    for prefix, layer, update in adapter_updates(model, adapter_name):
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if "fingerprint" in own:
+            layer.check_base(adapter_name, own["fingerprint"])
+        if not layer.configs[adapter_name].save_start:
+            own = {**recomputed_start(layer, adapter_name, update), **own}
+        _check_tensors(prefix, update, own)
+        completed.update({f"{prefix}{key}": value for key, value in own.items()})
+    for _, layer, _ in adapter_updates(model, adapter_name):
+        layer.settled[adapter_name] = False
+    return completed
+
+
+def recomputed_start(layer: SpectralLinear, adapter_name: str, update: SpectralUpdate) -> dict[str, Tensor]:
+    """The frozen start of an update, by state dict key; computed from the base weight if the update has none."""
+    if update.is_meta:
+        config = layer.configs[adapter_name]
+        update = layer.new_update(config, update.r)
+        layer.start_(update, config)
+    return {name: weight.detach() for name, weight in update.frozen()}
+
+
+def _check_tensors(prefix: str, update: SpectralUpdate, tensors: dict[str, Tensor]) -> None:
+    for key, expected in update.state_dict().items():
+        if key not in tensors:
+            raise SpectralError(
+                f"The adapter checkpoint has no tensor {prefix}{key}: it is incomplete, or was saved with other "
+                "`target_modules` or by another method. Save the adapter again, or load it with its own "
+                "adapter_config.json."
+            )
+        if tensors[key].is_floating_point() != expected.is_floating_point():
+            raise SpectralError(
+                f"The tensor {prefix}{key} of the adapter checkpoint is {tensors[key].dtype}; expected a dtype like "
+                f"{expected.dtype}. The file is damaged; save the adapter again."
+            )
+
+
+def is_fresh(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter was injected only to be filled by a checkpoint: never used and never trained."""
+    return not any(
+        layer.settled[adapter_name] or update.has_moved() for _, layer, update in adapter_updates(model, adapter_name)
+    )
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Takes every trace of an adapter out of a model: the undo of an injection or a loading that failed."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SpectralLinear):
+            layer.discard_adapter(adapter_name)
+            if not layer.configs:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+    for module in model.modules():
+        configs = vars(module).get("peft_config")
+        if isinstance(configs, dict):
+            configs.pop(adapter_name, None)
+            if not configs and not isinstance(module, BaseTuner):
+                del module.peft_config

@@ -1,0 +1,201 @@
+"""The configuration that every spectral method shares, and the types under which PEFT knows the methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from spectral_peft.cache import cached_factors
+from spectral_peft.errors import SpectralError
+from spectral_peft.linalg import ALGORITHMS, Factors, energy_rank, singular_values, truncated_svd
+from spectral_peft.update import Size, SpectralUpdate
+
+
+FORMAT_VERSION = 1
+"""Version of the adapter checkpoint; it rises when an older release would read a checkpoint wrongly."""
+
+Rank = int | float | str
+"""64: a number of triplets; 0.25: this fraction of min(out_features, in_features); "energy=0.9": the smallest rank
+that holds this share of the sum of squared singular values."""
+
+
+class SpectralPeftType(str):
+    """A PEFT type, open to new methods where `peft.PeftType` is a closed enumeration.
+
+    PEFT and transformers look types up by their string and ask for ``.value`` and ``.name``.
+    """
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    name = value
+
+    def __str__(self) -> str:  # PEFT's model status prints what follows the dot, as it does for its own enumeration
+        return f"SpectralPeftType.{self.value}"
+
+
+def energy_share(r: str) -> float:
+    """Returns s of "energy=s".
+
+    Raises:
+        ValueError: `r` is not of this form, or s is not in (0, 1].
+    """
+    name, _, share = r.partition("=")
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if name.strip() != "energy" or not 0 < value <= 1:
+        raise ValueError(f"`r` as a string should be 'energy=s' with s in (0, 1], such as 'energy=0.9', got {r!r}.")
+    return value
+
+
+def check_rank(r: Rank) -> None:
+    """Raises ValueError unless `r` is a positive integer, a fraction in (0, 1] or "energy=s" with s in (0, 1]."""
+    if isinstance(r, str):
+        energy_share(r)
+    elif isinstance(r, float):
+        if not 0 < r <= 1:
+            raise ValueError(f"`r` as a fraction of min(out_features, in_features) should be in (0, 1], got {r}.")
+    elif isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"`r` should be a positive integer, a fraction in (0, 1] or 'energy=s', got {r!r}.")
+
+
+def resolve_rank(r: Rank, weight: Tensor) -> int:
+    """Returns the rank that `r` means for a weight of shape (out_features, in_features); integers are not clamped."""
+    if isinstance(r, str):
+        return energy_rank(singular_values(weight), energy_share(r))
+    if isinstance(r, float):
+        return max(1, round(r * min(weight.shape)))
+    return r
+
+
+@dataclass
+class SpectralConfig(PeftConfig, ABC):
+    """Fields and behaviour that every spectral method has.
+
+    Args:
+        r: Number of singular triplets per weight: an integer (more than min(out_features, in_features) is clamped to
+            it, with a warning), a fraction of min(out_features, in_features) in (0, 1], or "energy=0.9" for the
+            smallest rank that holds this share of the sum of squared singular values.
+        target_modules: As in `peft.LoraConfig`: list of name endings, a regular expression, or "all-linear"; `None`
+            takes LoRA's default for the architecture. nn.Linear, transformers' Conv1D and nn.Embedding.
+        exclude_modules: List of name endings, or a regular expression, of modules that are left out.
+        layers_to_transform: Indices of the layers that get an adapter; with `target_modules` as a list.
+        layers_pattern: Name of the list of layers, where it is not one that PEFT knows.
+        rank_pattern: Ranks of single modules, in any form that `r` takes, by name ending or regular expression. Ranks
+            that an energy stands for are entered here, with the full module name, when the adapter is added.
+        dropout: Probability with which the input of the update is dropped (not that of the base layer).
+        bias: "none", "all", or "spectral_only" to train the biases of the adapted layers too.
+        modules_to_save: Further modules that are trained in full and saved with the adapter, such as a classifier.
+        trainable_token_indices: Token embeddings that are trained too, as in `peft.LoraConfig`.
+        target_parameters: Not supported; raises unless it is None.
+        svd: "randomized", "exact", or "auto": randomized where r is small against min(out_features, in_features).
+        save_start: Whether checkpoints hold the frozen singular vectors. True reloads exactly on every machine.
+            False stores only what was trained, and recomputes the vectors from the base weight with a deterministic
+            float64 algorithm when it is loaded; a fingerprint proves that they are the same.
+        check_base: Whether loading compares the base weight with the one that the adapter was trained on (up to
+            rounding to 16 bits) and raises `SpectralError` where they differ.
+        init_weights: False starts from a small random change instead of none; for tests only.
+        format_version: Filled in; the version of the checkpoint format.
+    """
+
+    method: ClassVar[str]
+
+    r: Rank = field(default=64, metadata={"help": "Singular triplets: an integer, a fraction, or 'energy=0.9'."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names to adapt: a list of endings, a regex, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names that are left out: a list of endings, or a regex."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that get an adapter."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts."}
+    )
+    rank_pattern: dict[str, Rank] = field(
+        default_factory=dict, metadata={"help": "Ranks of single modules, by name ending or regex."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'spectral_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained in full and saved, such as a classifier."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings that are trained too, as in LoraConfig."}
+    )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave it None."})
+    svd: str = field(default="auto", metadata={"help": "SVD algorithm: 'auto', 'exact' or 'randomized'."})
+    save_start: bool = field(
+        default=True, metadata={"help": "Whether checkpoints hold the frozen singular vectors, or recompute them."}
+    )
+    check_base: bool = field(
+        default=True, metadata={"help": "Whether loading checks that the base weight is the one trained on."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False starts from a small random change instead of none; for tests."}
+    )
+    format_version: int | None = field(default=None, metadata={"help": "Version of the checkpoint; filled in."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = SpectralPeftType(f"SPECTRAL_{self.method.upper()}")
+        self._take_format_version()
+        self._check_fields()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    def _take_format_version(self) -> None:
+        """A version that is already there was written by `save_pretrained`: this config belongs to a checkpoint."""
+        self.from_checkpoint = self.format_version is not None
+        if self.format_version is not None and self.format_version > FORMAT_VERSION:
+            raise SpectralError(
+                f"This adapter has format version {self.format_version}; the installed spectral_peft reads up to "
+                f"{FORMAT_VERSION}. Update it: pip install -U spectral-peft"
+            )
+        self.format_version = FORMAT_VERSION
+
+    def _check_fields(self) -> None:
+        for r in (self.r, *self.rank_pattern.values()):
+            check_rank(r)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
+        if self.bias not in ("none", "all", "spectral_only"):
+            raise ValueError(f"`bias` should be 'none', 'all' or 'spectral_only', got {self.bias!r}.")
+        if self.svd not in ALGORITHMS:
+            raise ValueError(f"`svd` should be one of {', '.join(ALGORITHMS)}, got {self.svd!r}.")
+        if self.target_parameters:
+            raise ValueError(
+                f"`target_parameters` is not supported by {type(self).__name__}, got {self.target_parameters}; name "
+                "the modules that hold the parameters in `target_modules`."
+            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")
+
+    def rank_of(self, key: str) -> Rank:
+        """The rank asked for the module `key`: its entry in `rank_pattern`, or `r`."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
+
+    def decompose(self, weight: Tensor, r: int) -> Factors:
+        """Returns the triplets of `weight` that an update of rank `r` starts from: the leading ones.
+
+        In float64 where checkpoints leave the vectors out, so that another machine finds the same ones.
+        """
+        matrix = weight if self.save_start else weight.double()
+        key = (type(self).__name__, self.svd, str(r), str(matrix.dtype))
+        return cached_factors(weight, key, lambda: truncated_svd(matrix, r, self.svd))
+
+    @abstractmethod
+    def build(self, size: Size) -> SpectralUpdate:
+        """Returns an update of this size whose parameters are all zero."""

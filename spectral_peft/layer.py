@@ -1,0 +1,293 @@
+"""The one PEFT layer: adapters by name around a base layer, for every spectral method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from spectral_peft.config import SpectralConfig
+from spectral_peft.errors import SpectralError
+from spectral_peft.linalg import same_matrix, sketch
+from spectral_peft.update import Size, SpectralUpdate
+
+
+SAME_BASE = 1e-2
+"""Relative difference up to which a base weight counts as the same: rounding to 16 bits stays below it."""
+SAME_START = 1e-4
+"""The same for recomputed singular vectors in float32: rounding stays below it, another basis does not."""
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class SpectralLinear(nn.Module, BaseTunerLayer):
+    """Adds the updates of the active adapters to the output of an nn.Linear or a Conv1D.
+
+    The updates of one method live in one ModuleDict by adapter name, whose own name begins with the method's prefix,
+    because transformers finds adapter tensors by that prefix. Adapters of several methods can share the layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, key: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.key = key
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.other_param_names: tuple[str, ...] = ("configs", "settled")
+        self.configs: dict[str, SpectralConfig] = {}
+        self.settled: dict[str, bool] = {}
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        # Conv1D and nn.Embedding store their weight as (in_features, out_features).
+        self.weight_is_transposed = isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
+        self.out_features, self.in_features = self.effective_weight().shape
+
+    def effective_weight(self) -> Tensor:  # shape: (out_features, in_features)
+        """The base weight as the matrix W of x -> x W^T."""
+        weight: Tensor = self.get_base_weight()
+        return weight.mT if self.weight_is_transposed else weight
+
+    # Adapters
+
+    def update_of(self, adapter_name: str) -> SpectralUpdate | None:
+        """The update of this adapter as it stands, or None if it has none on this layer."""
+        for container in self.adapter_layer_names:
+            updates = self.get_submodule(container)
+            if isinstance(updates, nn.ModuleDict) and adapter_name in updates:
+                return updates[adapter_name]  # type: ignore[return-value]
+        return None
+
+    def update_layer(self, adapter_name: str, config: SpectralConfig, *, r: int, container: str) -> None:
+        """Puts a new update of rank `r` under `adapter_name`; nothing has changed if its start cannot be computed.
+
+        The start is left out where a checkpoint is about to bring it: if PEFT creates parameters on the meta device,
+        and for the config of a checkpoint that holds it. `settle` makes up for it if no checkpoint comes.
+        """
+        update = self.new_update(config, r)
+        awaits_checkpoint = config.from_checkpoint and config.save_start
+        if not (awaits_checkpoint or update.is_meta):
+            self.start_(update, config)
+        if container not in self.adapter_layer_names:
+            self.add_module(container, nn.ModuleDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, container)
+        getattr(self, container)[adapter_name] = update
+        self.configs[adapter_name] = config
+        self.settled[adapter_name] = not config.from_checkpoint
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def discard_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter without touching which ones are active: the undo of `update_layer`."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
+
+    def new_update(self, config: SpectralConfig, r: int) -> SpectralUpdate:
+        """A zero update for this layer, in float32 at least, on the device of the base weight."""
+        weight = self.effective_weight()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        update = config.build(Size(self.out_features, self.in_features, r, dtype, weight.device))
+        if config.dropout > 0:
+            update.dropout = nn.Dropout(config.dropout)
+        return update
+
+    def start_(self, update: SpectralUpdate, config: SpectralConfig) -> None:
+        """Starts `update` from the base weight."""
+        weight = self.effective_weight()
+        update.start_(config.decompose(weight, update.r))
+        update.take_fingerprint_(weight)
+        if not config.init_weights:
+            update.perturb_()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def settle(self, adapter_name: str) -> None:
+        """Before the first use of an update from a checkpoint: checks that it belongs to the base weight.
+
+        Starts it if no checkpoint came after all. Works on the tensors alone, whoever loaded them.
+
+        Raises:
+            SpectralError: the adapter was trained on another base weight, or its singular vectors were recomputed
+                and are not those that it was trained with.
+        """
+        update = self.update_of(adapter_name)
+        if update is None or self.settled[adapter_name] or self.merged:
+            return
+        if not update.is_started():
+            self.start_(update, self.configs[adapter_name])
+        elif update.fingerprint.any():
+            self.check_base(adapter_name, update.fingerprint)
+            self.check_start(adapter_name, update)
+        self.settled[adapter_name] = True
+
+    def check_base(self, adapter_name: str, fingerprint: Tensor) -> None:
+        """Raises SpectralError if the adapter with this fingerprint was trained on another base weight."""
+        of_base = fingerprint[0].cpu().view(torch.float32)
+        if not self.configs[adapter_name].check_base or self.merged:
+            return
+        if not same_matrix(of_base, sketch(self.effective_weight()).cpu(), SAME_BASE):
+            raise SpectralError(
+                f"{self.key}: the adapter '{adapter_name}' was trained on another base weight. Load it on the base "
+                "model and revision that its adapter_config.json names. To use it on this one all the same, pass "
+                "`config=` with `check_base=False`."
+            )
+
+    def check_start(self, adapter_name: str, update: SpectralUpdate) -> None:
+        """Raises SpectralError if recomputed singular vectors are not those that the adapter was trained with."""
+        if self.configs[adapter_name].save_start:
+            return
+        of_start, start = update.fingerprint[1].cpu().view(torch.float32), update.start_vector()
+        limit = SAME_START if start.dtype in (torch.float32, torch.float64) else SAME_BASE
+        if not same_matrix(of_start, sketch(start).cpu(), limit):
+            raise SpectralError(
+                f"{self.key}: the singular vectors recomputed from the base weight are not those that the adapter "
+                f"'{adapter_name}' was trained with. Load it on the base in the dtype and with the torch release of "
+                "its training, and save it there with `save_start=True`."
+            )
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        """PEFT's hook after it switches gradients on: the frozen starts stay without."""
+        for name in self.configs:
+            update = self.update_of(name)
+            if update is not None:
+                update.freeze_start_()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves an update to the device of the base weight; PEFT would round its float32 to the base's dtype too."""
+        update = self.update_of(adapter_name)
+        if update is not None and not update.is_meta:
+            update.to(device or self.get_base_weight().device)
+
+    # The function
+
+    def change(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        """What the adapter adds to the base layer's output, or None if it has no update here."""
+        update = self.update_of(adapter_name)
+        if update is None:
+            return None
+        if not self.settled[adapter_name]:
+            self.settle(adapter_name)
+        return update(x)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        for adapter_name in self.active_adapters:
+            change = self.change(adapter_name, x)
+            if change is not None:
+                result = result + change
+        return result.to(dtype)
+
+    # Merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the base weight by this adapter, in the base weight's own shape.
+
+        Raises:
+            ValueError: this layer has no such adapter.
+        """
+        update = self.update_of(adapter)
+        if update is None:
+            raise ValueError(f"{self.key} has no adapter '{adapter}'; it has {sorted(self.configs)}.")
+        self.settle(adapter)
+        with torch.autocast(update.fingerprint.device.type, enabled=False):
+            delta = update.delta()
+        return delta.mT if self.weight_is_transposed else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Every update is additive: PEFT's `convert_to_lora` can express it."""
+        return True
+
+    @torch.no_grad()
+    def _add_to_base_(self, adapter_name: str, sign: int, safe: bool) -> None:
+        weight: nn.Parameter = self.get_base_layer().weight  # type: ignore[assignment]
+        # The sum is rounded to the base's dtype once; adding a rounded delta would round twice.
+        merged = weight + sign * self.get_delta_weight(adapter_name)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"{self.key}: NaN or Inf in the weights merged with adapter '{adapter_name}', which seems to be "
+                "broken; nothing was merged into this layer."
+            )
+        weight.copy_(merged)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the given adapters, by default the active ones, to the base weight.
+
+        Args:
+            safe_merge: Refuse to merge weights that are not finite.
+            adapter_names: The adapters to merge.
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged weight would hold NaN or Inf; it is then left as it was.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if self.update_of(adapter_name) is not None:
+                self._add_to_base_(adapter_name, 1, safe_merge)
+                self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Subtracts the merged adapters from the base weight: exact up to the rounding of its dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add_to_base_(self.merged_adapters.pop(), -1, safe=False)
+
+    def extra_repr(self) -> str:
+        return f"adapters={sorted(self.configs)}"
+
+
+class SpectralEmbedding(SpectralLinear):
+    """The same for nn.Embedding, whose inputs are indices: one-hot vectors."""
+
+    def new_update(self, config: SpectralConfig, r: int) -> SpectralUpdate:
+        update = super().new_update(config, r)
+        update.dropout = nn.Identity()  # indices cannot be dropped; PEFT's LoRA does not drop here either
+        return update
+
+    def change(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        change = super().change(adapter_name, x)
+        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        # Some embeddings (Gemma's) multiply their output by a constant; the weight's change passes through it too.
+        return change if change is None or scale is None else change * scale
+
+
+def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
+    """Returns a layer without adapters around `base_layer`, whose module name is `key`.
+
+    Raises:
+        TypeError: `base_layer` is not an nn.Linear, a Conv1D or an nn.Embedding with floating point weights.
+        SpectralError: its weight is on the meta device.
+    """
+    inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+    if not isinstance(inner, (nn.Linear, Conv1D, nn.Embedding)):
+        raise TypeError(
+            f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
+            "nn.Embedding. Leave it out with `exclude_modules`, or name others in `target_modules`."
+        )
+    _check_weight(inner, key)
+    return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
+
+
+def _check_weight(inner: nn.Module, key: str) -> None:
+    weight = inner.weight
+    if weight.dtype not in FLOAT_DTYPES or resolve_quantization_backend(inner) is not None:
+        raise TypeError(
+            f"The weight of target module {key} ({type(inner).__name__}) is {weight.dtype}; supported are float16, "
+            "bfloat16, float32 and float64 weights that are not quantized."
+        )
+    if weight.is_meta:
+        raise SpectralError(f"The weight of target module {key} is on the meta device: load the base model first.")
+    if isinstance(inner, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"Target module {key} is the output projection of an nn.MultiheadAttention, which never calls it: an "
+            "adapter there would have no effect. Leave it out with `exclude_modules`."
+        )
+    if getattr(inner, "max_norm", None) is not None:
+        raise TypeError(f"Target module {key} is an nn.Embedding that renormalizes its weight (`max_norm`).")

@@ -1,0 +1,36 @@
+"""Pure linear algebra on tensors: no PEFT, no configuration, no global random state."""
+
+from __future__ import annotations
+
+from spectral_peft.linalg.fingerprint import SKETCH_SIZE, same_matrix, sketch
+from spectral_peft.linalg.spectrum import effective_rank, energy_rank
+from spectral_peft.linalg.stiefel import cholesky_qr_retraction, orthonormality_error, polar_retraction, qr_retraction
+from spectral_peft.linalg.svd import (
+    ALGORITHMS,
+    Factors,
+    canonical_signs,
+    randomized_svd,
+    singular_values,
+    svd,
+    truncated_svd,
+)
+
+
+__all__ = [
+    "ALGORITHMS",
+    "SKETCH_SIZE",
+    "Factors",
+    "canonical_signs",
+    "cholesky_qr_retraction",
+    "effective_rank",
+    "energy_rank",
+    "orthonormality_error",
+    "polar_retraction",
+    "qr_retraction",
+    "randomized_svd",
+    "same_matrix",
+    "singular_values",
+    "sketch",
+    "svd",
+    "truncated_svd",
+]

@@ -1,0 +1,250 @@
+"""Singular value decompositions: exact with a ladder of fallbacks, randomised, truncated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectral_peft.errors import SpectralError
+from spectral_peft.linalg.precision import full_precision, working_copy
+
+
+_MAX_ITERATIONS = 16
+_SEED = 0
+
+
+class Factors(NamedTuple):
+    """A matrix as U diag(S) Vh, named and laid out as by `torch.linalg.svd`."""
+
+    U: Tensor  # shape: (..., m, r)
+    S: Tensor  # shape: (..., r)
+    Vh: Tensor  # shape: (..., r, n)
+
+    def matrix(self) -> Tensor:  # shape: (..., m, n)
+        """U diag(S) Vh."""
+        return (self.U * self.S.unsqueeze(-2)) @ self.Vh
+
+
+def svd(
+    A: Tensor,  # shape: (..., m, n)
+) -> Factors:
+    """The thin SVD of `A`, in float32 at least, on its device, contiguous and canonical in sign.
+
+    Where the default driver does not converge, others follow: `gesvd` (CUDA only), float64 on the CPU, the
+    eigendecomposition of the smaller Gram matrix in float64.
+
+    Raises:
+        TypeError: `A` is not of a real floating-point dtype.
+        SpectralError: `A` has no data (meta), has NaN or Inf entries, or no driver converges.
+    """
+    A = working_copy(A)
+    with full_precision(A):
+        return _finished(_decompose(A))
+
+
+def singular_values(
+    A: Tensor,  # shape: (..., m, n)
+) -> Tensor:  # shape: (..., min(m, n))
+    """All singular values of `A`, descending, in float32 at least.
+
+    Raises:
+        TypeError, SpectralError: as `svd`.
+    """
+    A = working_copy(A)
+    with full_precision(A):
+        try:
+            return torch.linalg.svdvals(A)
+        except torch.linalg.LinAlgError:
+            return _decompose(A).S
+
+
+def canonical_signs(
+    U: Tensor,  # shape: (..., m, r)
+    Vh: Tensor,  # shape: (..., r, n)
+) -> tuple[Tensor, Tensor]:
+    """`U` and `Vh` with the entry of largest magnitude of every u_i positive; U diag(S) Vh is unchanged.
+
+    An SVD leaves the sign of each triplet open, and LAPACK and cuSOLVER choose differently.
+    """
+    pivots = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
+    signs = torch.ones_like(pivots).masked_fill_(pivots < 0, -1)
+    return U * signs, Vh * signs.mT
+
+
+def randomized_svd(
+    A: Tensor,  # shape: (..., m, n)
+    rank: int,
+    tolerance: float = 0.01,
+) -> Factors:
+    """The leading `rank` triplets of `A` by randomised subspace iteration, stopped by an a-posteriori estimate.
+
+    With E the energy sum_i S_i^2 that the triplets capture, the iteration ends when what more of it would still gain
+    is at most 2 * tolerance * min(E, ||A||_F^2 - E), so that the captured norm and the norm of the residual are both
+    within about `tolerance` of the optimum, or when E grows no faster than it is rounded. What is still to gain is
+    extrapolated geometrically from the last two gains. Should it not end, the exact `svd` answers. The random numbers
+    come from an own generator with a fixed seed: same matrix, same result, and the global state is left alone.
+
+    Source: Halko, Martinsson & Tropp (2011), Algorithm 4.4, with oversampling; the shift of A^T A that accelerates it
+    is that of Feng, Yu & Xie (2023), dashSVD, ACM TOMS Algorithm 1043.
+
+    Raises:
+        TypeError, SpectralError: as `svd`.
+        ValueError: `rank` is not between 1 and min(m, n).
+    """
+    A = working_copy(A)
+    _check_rank(A, rank)
+    with full_precision(A):
+        return _finished(_leading(A, rank, tolerance))
+
+
+def truncated_svd(
+    A: Tensor,  # shape: (..., m, n)
+    rank: int,
+    algorithm: str = "auto",
+) -> Factors:
+    """The leading `rank` triplets of `A`, S descending: the best approximation of that rank (Eckart & Young, 1936).
+
+    Args:
+        A: the matrix, or a batch of them.
+        rank: the number of triplets.
+        algorithm: "exact", "randomized", or "auto": randomised where its subspace has at most a quarter of min(m, n)
+            dimensions, exact otherwise.
+
+    Raises:
+        TypeError, SpectralError: as `svd`.
+        ValueError: `rank` is not between 1 and min(m, n), or `algorithm` is unknown.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"`algorithm` should be one of {', '.join(map(repr, ALGORITHMS))}, got {algorithm!r}.")
+    _check_rank(A, rank)
+    return ALGORITHMS[algorithm](A, rank)
+
+
+def _exact(A: Tensor, rank: int) -> Factors:
+    A = working_copy(A)
+    with full_precision(A):
+        return _finished(_truncate(_decompose(A), rank))
+
+
+def _auto(A: Tensor, rank: int) -> Factors:
+    cheap = 4 * _subspace_width(A, rank) <= min(A.shape[-2:])
+    return (randomized_svd if cheap else _exact)(A, rank)
+
+
+ALGORITHMS: MappingProxyType[str, Callable[[Tensor, int], Factors]] = MappingProxyType(
+    {"auto": _auto, "exact": _exact, "randomized": randomized_svd}
+)
+
+
+def _check_rank(A: Tensor, rank: int) -> None:
+    if A.ndim < 2:
+        raise ValueError(f"`A` should be a matrix or a batch of matrices, got shape {tuple(A.shape)}.")
+    if not 1 <= rank <= min(A.shape[-2:]):
+        raise ValueError(f"`rank` should be between 1 and min(m, n) = {min(A.shape[-2:])}, got {rank}.")
+
+
+def _truncate(factors: Factors, rank: int) -> Factors:
+    U, S, Vh = factors
+    return Factors(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+
+
+def _finished(factors: Factors) -> Factors:
+    """Canonical signs; contiguous, because LAPACK answers column-major and safetensors refuses to save that."""
+    U, Vh = canonical_signs(factors.U, factors.Vh)
+    return Factors(U.contiguous(), factors.S.contiguous(), Vh.contiguous())
+
+
+# --- exact: the ladder -----------------------------------------------------------------------------------------------
+
+
+def _default_driver(A: Tensor) -> Factors:
+    return Factors(*torch.linalg.svd(A, full_matrices=False))
+
+
+def _gesvd(A: Tensor) -> Factors:
+    return Factors(*torch.linalg.svd(A, full_matrices=False, driver="gesvd"))
+
+
+def _float64_on_cpu(A: Tensor) -> Factors:
+    return _default_driver(A.to("cpu", torch.float64))
+
+
+def _gram(A: Tensor) -> Factors:
+    """From A^T A = V diag(S^2) V^T and A V = U diag(S), in float64: singular values below 1e-8 S_1 are lost in it.
+
+    U is the Q factor of A V, hence orthonormal where singular values are zero.
+    """
+    if A.shape[-2] < A.shape[-1]:
+        V, S, Uh = _gram(A.mT)
+        return Factors(Uh.mT, S, V.mT)
+    A = A.to("cpu", torch.float64)
+    V = torch.linalg.eigh(A.mT @ A).eigenvectors.flip(-1)
+    U, R = torch.linalg.qr(A @ V)
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    S, order = diagonal.abs().sort(descending=True)
+    U = torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2) * U
+    return Factors(U.take_along_dim(order.unsqueeze(-2), -1), S, V.take_along_dim(order.unsqueeze(-2), -1).mT)
+
+
+def _decompose(A: Tensor) -> Factors:
+    on_cuda = (_gesvd,) if A.is_cuda else ()
+    for attempt in (_default_driver, *on_cuda, _float64_on_cpu, _gram):
+        with suppress(torch.linalg.LinAlgError):
+            U, S, Vh = attempt(A)
+            return Factors(U.to(A), S.to(A), Vh.to(A))
+    raise SpectralError(f"No SVD driver converges on the matrix of shape {tuple(A.shape)}.")
+
+
+# --- randomised ------------------------------------------------------------------------------------------------------
+
+
+def _subspace_width(A: Tensor, rank: int) -> int:
+    """`rank` and an oversampling of at least 8, rounded up to a multiple of 16, for which matrix products are fast."""
+    return min(-(-(rank + 8) // 16) * 16, *A.shape[-2:])
+
+
+def _leading(A: Tensor, rank: int, tolerance: float) -> Factors:
+    width = _subspace_width(A, rank)
+    if width == min(A.shape[-2:]):
+        return _truncate(_decompose(A), rank)
+    total = torch.linalg.vector_norm(A, dim=-1).double().square().sum(-1)  # row norms: a float64 copy of A is slow
+    energies: list[Tensor] = []
+    for factors in _subspace_iterates(A, width):
+        energies.append(factors.S[..., :rank].double().square().sum(-1))
+        if _converged(energies, total, tolerance, torch.finfo(A.dtype).eps):
+            return _truncate(factors, rank)
+    return _truncate(_decompose(A), rank)
+
+
+def _subspace_iterates(A: Tensor, width: int) -> Iterator[Factors]:
+    """Ritz triplets of `A` from ever better right subspaces span(V): with A V = Q R, the SVD of R gives them.
+
+    The next V spans (A^T A - shift) V. A shift of half the smallest captured eigenvalue of A^T A brings the unwanted
+    ones, in [0, S_width^2], from a ratio S_width^2 / S_r^2 to the wanted down to one of about its square.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    V = torch.linalg.qr(A.mT @ torch.randn(A.shape[-2], width, generator=generator).to(A)).Q
+    for _ in range(_MAX_ITERATIONS):
+        Q, R = torch.linalg.qr(A @ V)
+        W, S, Xh = _decompose(R)
+        factors = Factors(Q @ W, S, Xh @ V.mT)
+        yield factors
+        shift = S[..., -1:, None].square() / 2
+        V = torch.linalg.qr(A.mT @ (factors.U * S.unsqueeze(-2)) - shift * factors.Vh.mT).Q
+
+
+def _converged(energies: list[Tensor], total: Tensor, tolerance: float, eps: float) -> bool:
+    if len(energies) < 2:
+        return False
+    energy, gain = energies[-1], energies[-1] - energies[-2]
+    ratio = 0.5 * torch.ones_like(gain)  # a guess on the safe side while there is only one gain to go by
+    if len(energies) > 2:
+        ratio = (gain / (energies[-2] - energies[-3])).nan_to_num(0.95).clamp(0, 0.95)
+    to_come = gain * ratio / (1 - ratio)
+    allowed = 2 * tolerance * torch.minimum(energy, total - energy)
+    return bool(((to_come <= allowed) | (gain <= 4 * eps * energy)).all())

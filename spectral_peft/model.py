@@ -1,0 +1,199 @@
+"""The one PEFT tuner for every spectral method, and the registration of a method with PEFT."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from typing import TypeVar
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fresh, remove_adapter, start_keys
+from spectral_peft.config import SpectralConfig, SpectralPeftType, resolve_rank
+from spectral_peft.errors import SpectralError
+from spectral_peft.layer import SpectralLinear, wrap
+
+
+class SpectralModel(BaseTuner):
+    """Injects the updates of one spectral method into a model; `register` makes the subclass of each method."""
+
+    prefix: str
+    tuner_layer_cls = SpectralLinear
+    target_module_mapping = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)  # type: ignore[arg-type]
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection, with a progress bar; if it fails, the model is given back as it was."""
+        self._clamped: list[str] = []
+        self._progress = tqdm(desc="Starting adapters", unit=" layers", delay=2, leave=False)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            remove_adapter(model, adapter_name)
+            raise
+        finally:
+            self._progress.close()
+            del self._progress
+        if self._clamped:
+            warnings.warn(
+                f"`r` is larger than min(out_features, in_features) of {len(self._clamped)} modules and was clamped "
+                f"to it there: {', '.join(self._clamped)}.",
+                stacklevel=2,
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: SpectralConfig,  # type: ignore[override]  # PEFT passes the config of this method
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        self._progress.set_postfix_str(current_key, refresh=False)
+        layer = target if isinstance(target, SpectralLinear) else wrap(target, current_key)
+        try:
+            r = self._rank(peft_config, layer)
+            layer.update_layer(adapter_name, peft_config, r=r, container=f"{self.prefix}update")
+        except SpectralError as error:
+            raise SpectralError(f"{current_key}: {error}") from error
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        self._progress.update()
+
+    def _rank(self, config: SpectralConfig, layer: SpectralLinear) -> int:
+        """The rank for this layer, clamped; one that an energy stands for is noted in the config."""
+        wanted, weight = config.rank_of(layer.key), layer.effective_weight()
+        r = min(resolve_rank(wanted, weight), *weight.shape)
+        if isinstance(wanted, int) and r < wanted:
+            self._clamped.append(f"{layer.key} (to {r})")
+        if isinstance(wanted, str):
+            # A checkpoint must know the ranks of its tensors without the spectra. The first match counts.
+            config.rank_pattern = {layer.key: r, **config.rank_pattern}
+        return r
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Updates start in float32; `autocast_adapter_dtype=False` asks for the dtype of the base weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for _, layer, update in adapter_updates(self.model, adapter_name):
+                update.to(layer.get_base_weight().dtype)
+
+    # Merging
+
+    def _refuse_broken_delta(self, adapter_names: list[str] | None) -> None:
+        """PEFT merges layer by layer: without this look ahead, a refused merge would leave the first ones merged."""
+        for layer in self.model.modules():
+            if not isinstance(layer, SpectralLinear):
+                continue
+            for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
+                if adapter_name in layer.configs and not torch.isfinite(layer.get_delta_weight(adapter_name)).all():
+                    raise ValueError(
+                        f"{layer.key}: NaN or Inf in the update of adapter '{adapter_name}', which seems to be "
+                        "broken; nothing was merged."
+                    )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's merge; with `safe_merge` all layers are checked before the first one is merged."""
+        if safe_merge:
+            self._refuse_broken_delta(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:  # type: ignore[override]  # what PEFT's returns, too
+        if merge and safe_merge:
+            self._refuse_broken_delta(adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[func-returns-value, assignment]
+        return unloaded
+
+    # Checkpoints
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Takes the adapter name from behind the container, where PEFT's default looks only before the last dot."""
+        container = f"{cls.prefix}update."
+        pattern = rf"(^|\.){re.escape(container)}{re.escape(adapter_name)}\."
+        if not re.search(pattern, key):
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return re.sub(pattern, rf"\g<1>{container}", key)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpectralConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for _, layer, _ in adapter_updates(model, adapter_name):
+            layer.settle(adapter_name)  # in place: an update that nothing has started yet shows in `state_dict` too
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        left_out = set() if config.save_start else start_keys(model, adapter_name)
+        return {key: value for key, value in own.items() if key not in left_out}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SpectralConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            return complete_state_dict(model, adapter_name, state_dict)
+        except SpectralError:
+            if is_fresh(model, adapter_name):
+                remove_adapter(model, adapter_name)
+            raise
+
+
+Config = TypeVar("Config", bound=type[SpectralConfig])
+
+
+def register(config_cls: Config) -> Config:
+    """Class decorator that makes PEFT and transformers know a method by its config.
+
+    The method's PEFT type is ``SPECTRAL_<METHOD>`` and its prefix ``spectral_<method>_``, as transformers expects.
+    Registering the same config again does nothing.
+
+    Raises:
+        ValueError: another method is registered under this type, or another type has this prefix.
+    """
+    peft_type = SpectralPeftType(f"SPECTRAL_{config_cls.method.upper()}")
+    prefix = f"{peft_type.value.lower()}_"
+    known: type = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, config_cls)  # type: ignore[call-overload]
+    if (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
+        raise ValueError(f"The PEFT type {peft_type.value} is taken by {known.__module__}.{known.__qualname__}.")
+    if peft_type in PeftType.__members__ or prefix in {
+        taken for other, taken in PEFT_TYPE_TO_PREFIX_MAPPING.items() if other.value != peft_type.value
+    }:
+        raise ValueError(f"The PEFT type {peft_type.value} or its prefix {prefix!r} is taken by PEFT itself.")
+    name = config_cls.__name__.removesuffix("Config") + "Model"
+    model_cls = type(name, (SpectralModel,), {"prefix": prefix, "__module__": config_cls.__module__})
+    setattr(sys.modules[config_cls.__module__], name, model_cls)  # where pickle looks for the class of a model
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix  # type: ignore[index]
+    return config_cls

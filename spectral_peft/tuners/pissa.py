@@ -1,0 +1,86 @@
+"""PiSSA (Meng, Wang & Zhang, 2024, arXiv 2404.02948): train the principal singular triplets as two factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spectral_peft.config import SpectralConfig
+from spectral_peft.linalg import Factors
+from spectral_peft.model import register
+from spectral_peft.update import Factor, Size, SpectralUpdate
+
+
+class PiSSA(SpectralUpdate):
+    """delta = c (B A - B0 A0), A = A0 + dA, B = B0 + dB, with c B0 A0 = U diag(S) Vh the principal part of W.
+
+    A0 = sqrt(S / c) Vh (r, in_features) and B0 = U sqrt(S / c) (out_features, r) as in Meng et al. (2024), eq. 2-3;
+    c is the scaling. W keeps the principal part, unlike in the paper, where W is replaced by the residual: the
+    function and its gradients are the same, and W stays what it was. The difference of the products is computed as
+
+        dB (A x) + B0 (dA x)
+
+    whose error is relative to the change; that of B A x - B0 A0 x is relative to W, which loses a small change in
+    bfloat16. dA and dB start at 0 and receive the gradients of A and B, so every optimizer whose step does not
+    depend on the parameter's value moves them alike; weight decay pulls to the pretrained weight instead of to 0.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("dA", "dB")
+
+    def __init__(self, size: Size, *, scaling: float) -> None:
+        super().__init__(size)
+        m, n, r, dtype, device = size
+        self.scaling = scaling
+        self.A0 = Factor(r, n, dtype, device)
+        self.B0 = Factor(m, r, dtype, device)
+        self.dA = Factor(r, n, dtype, device)
+        self.dB = Factor(m, r, dtype, device)
+
+    @torch.no_grad()
+    def start_(self, factors: Factors) -> None:
+        root = (factors.S / self.scaling).sqrt()
+        self.A0.weight.copy_(root[:, None] * factors.Vh)
+        self.B0.weight.copy_(factors.U * root)
+        self.dA.weight.zero_()
+        self.dB.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        dAx = self.dA(x)
+        change: Tensor = self.dB(self.A0(x) + dAx) + self.B0(dAx)
+        return change * self.scaling
+
+    def delta(self) -> Tensor:
+        A = self.A0.weight + self.dA.weight
+        return (self.dB.weight @ A + self.B0.weight @ self.dA.weight) * self.scaling
+
+
+@register
+@dataclass
+class PiSSAConfig(SpectralConfig):
+    """Configuration of PiSSA (Meng, Wang & Zhang, 2024, arXiv 2404.02948), with the base weight left as it is.
+
+    Trains as PEFT's ``LoraConfig(init_lora_weights="pissa")`` does, but `disable_adapter`, `unload` and several
+    adapters side by side work exactly, because the base weight is never changed.
+
+    Args:
+        alpha: The update is scaled by alpha / r, as LoRA's is; `None` means r, a scaling of 1, as in the paper.
+            Further fields are those of `SpectralConfig`.
+    """
+
+    method: ClassVar[str] = "pissa"
+
+    alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by alpha / r. None means r: a scaling of 1."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"`alpha` should be positive, or None for a scaling of 1, got {self.alpha}.")
+
+    def build(self, size: Size) -> PiSSA:
+        return PiSSA(size, scaling=1.0 if self.alpha is None else self.alpha / size.r)

@@ -1,0 +1,60 @@
+"""SVFit (Sun et al., 2024, arXiv 2409.05926): train the leading singular values, keep the singular vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spectral_peft.config import SpectralConfig
+from spectral_peft.linalg import Factors
+from spectral_peft.model import register
+from spectral_peft.update import Diagonal, Factor, Size, SpectralUpdate
+
+
+class SVFit(SpectralUpdate):
+    """delta = U diag(dS) Vh, with the r leading singular vectors U, Vh of W frozen and dS (r,) trained from 0.
+
+    The singular values of the adapted weight are S + dS. The difference is what is stored, because absolute singular
+    values do not move in bfloat16 under steps of 1e-4. The residual W - U diag(S) Vh stays in W.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("dS",)
+
+    def __init__(self, size: Size) -> None:
+        super().__init__(size)
+        m, n, r, dtype, device = size
+        self.U = Factor(m, r, dtype, device)
+        self.S = Diagonal(r, dtype, device)
+        self.Vh = Factor(r, n, dtype, device)
+        self.dS = Diagonal(r, dtype, device)
+
+    @torch.no_grad()
+    def start_(self, factors: Factors) -> None:
+        self.U.weight.copy_(factors.U)
+        self.S.weight.copy_(factors.S)
+        self.Vh.weight.copy_(factors.Vh)
+        self.dS.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.U(self.dS(self.Vh(self.dropout(x))))
+
+    def delta(self) -> Tensor:
+        return (self.U.weight * self.dS.weight) @ self.Vh.weight
+
+
+@register
+@dataclass
+class SVFitConfig(SpectralConfig):
+    """Configuration of SVFit (Sun et al., 2024, arXiv 2409.05926): W' = U diag(S + dS) Vh + residual, dS trained.
+
+    One number per singular triplet is trained, so the learning rate is much larger than LoRA's: 1e-3 to 1e-1. `r`
+    may be as large as min(out_features, in_features). All fields are those of `SpectralConfig`.
+    """
+
+    method: ClassVar[str] = "svfit"
+
+    def build(self, size: Size) -> SVFit:
+        return SVFit(size)

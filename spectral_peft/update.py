@@ -1,0 +1,141 @@
+"""The change of one weight by one adapter, as a torch module that knows nothing of PEFT."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectral_peft.linalg import SKETCH_SIZE, Factors, sketch
+
+
+class Size(NamedTuple):
+    """What an update is built from: the shape of its weight, its rank, and dtype and device of its parameters."""
+
+    out_features: int
+    in_features: int
+    r: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+
+
+class Factor(nn.Module):
+    """A matrix M (out_features, in_features) as the map x -> x M^T.
+
+    An integer ``x`` stands for the one-hot vectors of its entries: the map then looks up columns of M, which is how
+    the update of an embedding is computed. A leaf module with a ``weight`` is what FSDP's wrapping policies look for.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:  # shape: (..., in_features) or integer (...) -> (..., out_features)
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight.mT)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.weight.shape)
+
+
+class Diagonal(nn.Module):
+    """A diagonal matrix with entries d (r,) as the map x -> x * d."""
+
+    weight: nn.Parameter
+
+    def __init__(self, r: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(r, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:  # shape: (..., r) -> (..., r)
+        return x * self.weight
+
+    def extra_repr(self) -> str:
+        return str(len(self.weight))
+
+
+class SpectralUpdate(nn.Module, ABC):
+    """The change ``delta`` (out_features, in_features) of one weight W.
+
+    A subclass creates its `Factor` and `Diagonal` children (all zero) from the shape of W, names in ``trained`` those
+    that an optimizer moves, fills them in `start_`, and computes `forward` and `delta` so that for every x
+
+        update(x) == x @ update.delta().T
+
+    Both are zero at the start: an adapter that was just added leaves the model's function as it is. What is not
+    trained is the frozen start: parameters without gradient, so that FSDP shards them and copies by name find them.
+    """
+
+    trained: ClassVar[tuple[str, ...]]
+
+    fingerprint: Tensor
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.r = size.r
+        self.dropout: nn.Module = nn.Identity()
+        self.register_buffer("fingerprint", torch.zeros(2, SKETCH_SIZE, dtype=torch.int32))
+
+    @abstractmethod
+    def start_(self, factors: Factors) -> None:
+        """Sets the start, in place, from the factors of W that the method asked for; the trained children stay 0."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x @ delta().T without building delta; x is (..., in_features) or integer (...)."""
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """Returns the change of W, shape (out_features, in_features)."""
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that an optimizer moves, by their name in the state dict."""
+        return ((name, value) for name, value in self.named_parameters() if name.split(".")[0] in self.trained)
+
+    def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that hold the start, by their name in the state dict."""
+        return ((name, value) for name, value in self.named_parameters() if name.split(".")[0] not in self.trained)
+
+    def freeze_start_(self) -> None:
+        """Takes the frozen start out of training."""
+        for _, weight in self.frozen():
+            weight.requires_grad_(False)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the parameters have no data yet: PEFT creates them so when it loads with low_cpu_mem_usage."""
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def is_started(self) -> bool:
+        """Whether the start was set, by `start_` or by a checkpoint: a matrix of singular vectors is never zero."""
+        return any(bool(weight.any()) for _, weight in self.frozen())
+
+    def has_moved(self) -> bool:
+        """Whether a trained parameter differs from zero."""
+        return not self.is_meta and any(bool(weight.any()) for _, weight in self.trained_parameters())
+
+    def start_vector(self) -> Tensor:
+        """The entries of the frozen start, one after the other, shape (1, number of entries)."""
+        return torch.cat([weight.detach().flatten() for _, weight in self.frozen()])[None]
+
+    def take_fingerprint_(self, weight: Tensor) -> None:
+        """Notes what this update belongs to: the sketches of W and of the start, shape (2, 9).
+
+        As the bits of float32 numbers, because a module that is cast to bfloat16 casts its floating point buffers.
+        """
+        rows = [sketch(weight).cpu(), sketch(self.start_vector()).cpu()]
+        self.fingerprint.copy_(torch.stack(rows).view(torch.int32))
+
+    def perturb_(self) -> None:
+        """Moves the trained children away from zero: a random change instead of none, for tests."""
+        for _, weight in self.trained_parameters():
+            nn.init.normal_(weight, std=0.1)
