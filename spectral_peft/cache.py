@@ -47,7 +47,7 @@ def _key(weight: Tensor, key_parts: tuple[str, ...]) -> str:
     header = repr((tuple(weight.shape), str(weight.dtype), key_parts))
     digest = hashlib.sha256(header.encode())
     # As bytes: NumPy has no bfloat16.
-    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -64,7 +64,10 @@ def _load(path: Path, device: torch.device) -> Factors | None:
 
 def _store(path: Path, factors: Factors) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in factors._asdict().items()}
-    # In the same directory, because a file can be replaced atomically only within a file system.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save_file(tensors, Path(folder) / path.name)
-        os.replace(Path(folder) / path.name, path)
+    try:
+        # In the same directory, because a file can be replaced atomically only within a file system.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            save_file(tensors, Path(folder) / path.name)
+            os.replace(Path(folder) / path.name, path)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"The factors could not be cached in {path}: {error!r}", stacklevel=3)

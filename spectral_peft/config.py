@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectral_peft.cache import cached_factors
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import ALGORITHMS, Factors, energy_rank, singular_values, truncated_svd
 from spectral_peft.update import Size, SpectralUpdate
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 FORMAT_VERSION = 1
@@ -74,6 +82,23 @@ def resolve_rank(r: Rank, weight: Tensor) -> int:
     if isinstance(r, float):
         return max(1, round(r * min(weight.shape)))
     return r
+
+
+def _look_at_tensors(folder: Path) -> None:
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file() and not (folder / WEIGHTS_NAME).is_file():
+        # Only a warning: a new adapter can be made from a config alone. What PEFT raises when it looks for the
+        # tensors speaks of Hub repositories.
+        warnings.warn(f"{folder} holds an adapter's config but no {file.name}: no adapter to load.", stacklevel=3)
+        return
+    try:
+        if file.is_file():
+            safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise SpectralError(
+            f"The adapter file {file} cannot be read ({error}): it is truncated or damaged. Copy or download it "
+            "again, or save the adapter again."
+        ) from error
 
 
 @dataclass
@@ -182,6 +207,19 @@ class SpectralConfig(PeftConfig, ABC):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
+        """PEFT's, which also looks at the tensors beside a local config, before any model is changed.
+
+        Raises:
+            SpectralError: the adapter file is truncated or is not a safetensors file.
+        """
+        config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            _look_at_tensors(folder)
+        return config
 
     def rank_of(self, key: str) -> Rank:
         """The rank asked for the module `key`: its entry in `rank_pattern`, or `r`."""

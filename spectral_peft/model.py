@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -25,7 +27,7 @@ class SpectralModel(BaseTuner):
 
     prefix: str
     tuner_layer_cls = SpectralLinear
-    target_module_mapping = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)  # type: ignore[arg-type]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     # Injection
 
@@ -94,6 +96,15 @@ class SpectralModel(BaseTuner):
             for _, layer, update in adapter_updates(self.model, adapter_name):
                 update.to(layer.get_base_weight().dtype)
 
+    # The function
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook for the arguments of its own methods, which it would drop in silence without this."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("`adapter_names` (several adapters in one batch) is not supported by spectral methods.")
+        yield
+
     # Merging
 
     def _refuse_broken_delta(self, adapter_names: list[str] | None) -> None:
@@ -120,11 +131,10 @@ class SpectralModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:  # type: ignore[override]  # what PEFT's returns, too
+    ) -> Any:  # the model, although PEFT declares None
         if merge and safe_merge:
             self._refuse_broken_delta(adapter_names)
-        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[func-returns-value, assignment]
-        return unloaded
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     # Checkpoints
 

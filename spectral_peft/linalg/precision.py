@@ -31,12 +31,42 @@ def working_copy(A: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(A: Tensor) -> Iterator[None]:
-    """Inside, matrix products on the device of `A` keep the dtype of their operands, and no gradient is recorded.
+    """Inside, products of float32 matrices on the device of `A` are exact to float32, and no gradient is recorded.
 
-    Autocast would run them in half precision: "float32" factors orthonormal to 1e-2 only.
+    Autocast and TF32 (which many training scripts switch on) would make factors that are orthonormal to 1e-3 only.
+    The switches of TF32 are those of the process, not of the thread.
     """
-    with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False), _ieee_float32():
         yield
+
+
+@contextmanager
+def _ieee_float32_by_backend() -> Iterator[None]:
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def _ieee_float32_globally() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# The settings by backend came with torch 2.9; where a script has used them, the older functions raise.
+_ieee_float32 = (
+    _ieee_float32_by_backend if hasattr(torch.backends.cuda.matmul, "fp32_precision") else _ieee_float32_globally
+)
 
 
 def _refuse_non_finite(A: Tensor) -> None:

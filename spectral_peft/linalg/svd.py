@@ -14,6 +14,7 @@ from spectral_peft.errors import SpectralError
 from spectral_peft.linalg.precision import full_precision, working_copy
 
 
+_NotConverged = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _MAX_ITERATIONS = 16
 _SEED = 0
 
@@ -59,7 +60,7 @@ def singular_values(
     with full_precision(A):
         try:
             return torch.linalg.svdvals(A)
-        except torch.linalg.LinAlgError:
+        except _NotConverged:
             return _decompose(A).S
 
 
@@ -154,9 +155,12 @@ def _truncate(factors: Factors, rank: int) -> Factors:
 
 
 def _finished(factors: Factors) -> Factors:
-    """Canonical signs; contiguous, because LAPACK answers column-major and safetensors refuses to save that."""
+    """Canonical signs; contiguous, because LAPACK answers column-major and safetensors refuses to save that.
+
+    `S` is cloned: as a view it would keep the whole spectrum alive, and be saved with it.
+    """
     U, Vh = canonical_signs(factors.U, factors.Vh)
-    return Factors(U.contiguous(), factors.S.contiguous(), Vh.contiguous())
+    return Factors(U.contiguous(), factors.S.clone(), Vh.contiguous())
 
 
 # --- exact: the ladder -----------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def _gram(A: Tensor) -> Factors:
 def _decompose(A: Tensor) -> Factors:
     on_cuda = (_gesvd,) if A.is_cuda else ()
     for attempt in (_default_driver, *on_cuda, _float64_on_cpu, _gram):
-        with suppress(torch.linalg.LinAlgError):
+        with suppress(_NotConverged):
             U, S, Vh = attempt(A)
             return Factors(U.to(A), S.to(A), Vh.to(A))
     raise SpectralError(f"No SVD driver converges on the matrix of shape {tuple(A.shape)}.")
@@ -204,8 +208,8 @@ def _decompose(A: Tensor) -> Factors:
 
 
 def _subspace_width(A: Tensor, rank: int) -> int:
-    """`rank` and an oversampling of at least 8, rounded up to a multiple of 16, for which matrix products are fast."""
-    return min(-(-(rank + 8) // 16) * 16, *A.shape[-2:])
+    """`rank` and an oversampling of a quarter of it, at least 8: the spectra of language models are flat."""
+    return min(rank + max(8, rank // 4), *A.shape[-2:])
 
 
 def _leading(A: Tensor, rank: int, tolerance: float) -> Factors:

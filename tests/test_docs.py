@@ -1,0 +1,92 @@
+"""The documentation is true: its snippets run, and it names everything that is public.
+
+The fences of a page run one after the other in one namespace, in a folder of their own. A tiny Llama lies there under
+the name of the model that the pages load, and `rows` are four tokenized examples. A fence that cannot run is preceded
+by a comment `<!-- not run: REASON -->`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectral_peft
+import spectral_peft.linalg
+
+
+ROOT = Path(__file__).parents[1]
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\n+$", re.DOTALL)
+
+
+def snippets(page: Path) -> list[tuple[int, str]]:
+    """The fences of a page that run: (line of the first statement, code)."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, match.start(1)), match[1])
+        for match in FENCE.finditer(text)
+        if not NOT_RUN.search(text[: match.start()])
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / MODEL).parent.mkdir()
+    (tmp_path / MODEL).symlink_to(tiny_llama)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_snippets_run(page, workplace):
+    tokens = torch.randint(0, 128, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    namespace = {"__name__": "snippet", "rows": [{"input_ids": row, "labels": row} for row in tokens]}
+    for line, code in snippets(page):
+        exec(compile("\n" * line + code, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = set(re.findall(r"auto(?:class|function|exception):: (?:\w+\.)*(\w+)", reference))
+    constants = {"ALGORITHMS", "SKETCH_SIZE"}
+    assert set(spectral_peft.__all__) | set(spectral_peft.linalg.__all__) - constants == documented
+
+
+def test_example_of_a_new_method(capsys):
+    name = "add_a_method"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    example = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(example)
+        assert example.main()
+    finally:
+        del sys.modules[name]
+        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+            mapping.pop("SPECTRAL_CORE", None)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert losses[-1] < losses[0]

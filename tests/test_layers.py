@@ -1,0 +1,251 @@
+"""Which modules an adapter goes on, and everything around the update that PEFT users expect."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from spectral_peft import SpectralError
+from spectral_peft.layer import SpectralEmbedding
+from tests.methods import Method
+from tests.models import batch, gpt2, layers, llama, logits, tensors, train_, updates
+from tests.tolerance import tolerance
+
+
+FUNCTION = tolerance(torch.float32, 64)
+
+
+class Tower(nn.Module):
+    """One module of every kind that may or may not take an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.up = nn.Linear(8, 12)
+        self.conv1d = Conv1D(8, 12)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.quantized = nn.Linear(8, 8)
+        self.renormalized = nn.Embedding(20, 8, max_norm=1.0)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.conv1d(torch.relu(self.up(self.embed(ids))))))
+
+
+def tower() -> Tower:
+    torch.manual_seed(0)
+    model = Tower()
+    model.quantized.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    return model.eval()
+
+
+IDS = torch.arange(10).reshape(2, 5)
+
+
+def adapted_names(model: nn.Module) -> set[str]:
+    return {layer.key for layer in layers(model)}
+
+
+@pytest.mark.parametrize("name", ["embed", "up", "conv1d"])
+def test_every_kind_of_layer_computes_its_merged_weight(method: Method, name: str) -> None:
+    model = get_peft_model(tower(), method(r=4, target_modules=[name]))
+    for update in updates(model):
+        for _, parameter in update.trained_parameters():
+            parameter.data.normal_(std=0.3)
+    expected = model(IDS)
+    assert (expected - tower()(IDS)).abs().max() > 0.01
+    layer = next(layers(model))
+    delta = method.delta(tensors(layer.update_of("default")))
+    weight = layer.get_base_weight()
+    delta = delta if delta.shape == weight.shape and name == "up" else delta.T
+    torch.testing.assert_close(layer.get_delta_weight("default").double(), delta, rtol=FUNCTION, atol=FUNCTION)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.get_submodule(name).weight.double(), tower().get_submodule(name).weight + delta)
+    torch.testing.assert_close(merged(IDS), expected, rtol=FUNCTION, atol=FUNCTION)
+
+
+def test_conv1d_is_found_by_all_linear_without_a_flag(method: Method) -> None:
+    model = get_peft_model(gpt2(), method())
+    assert {type(layer.base_layer) for layer in layers(model)} == {Conv1D}
+    assert sum(1 for _ in layers(model)) == 8
+
+
+def test_an_embedding_scale_scales_the_update(method: Method) -> None:
+    model = get_peft_model(tower(), method(r=4, target_modules=["embed"]))
+    layer = next(layers(model))
+    assert isinstance(layer, SpectralEmbedding)
+    layer.base_layer.embed_scale = 3.0
+    for _, parameter in next(updates(model)).trained_parameters():
+        parameter.data.normal_()
+    change = layer(IDS) - layer.base_layer(IDS)
+    expected = 3 * layer.get_delta_weight("default")[IDS]
+    torch.testing.assert_close(change, expected, rtol=FUNCTION, atol=FUNCTION)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("conv", r"conv is a Conv2d; supported are .*exclude_modules"),
+        ("norm", r"norm is a LayerNorm; supported are"),
+        ("quantized", r"quantized \(Linear\) is torch\.int8; supported are float16"),
+        ("attention.out_proj", r"out_proj is the output projection of an nn\.MultiheadAttention, .* no effect"),
+        ("renormalized", r"renormalized is an nn\.Embedding that renormalizes"),
+    ],
+)
+def test_what_cannot_take_an_adapter_is_named(method: Method, name: str, message: str) -> None:
+    model = tower()
+    with pytest.raises(TypeError, match=message):
+        get_peft_model(model, method(r=4, target_modules=["up", name]))
+    assert not list(layers(model))
+    assert torch.equal(model(IDS), tower()(IDS))
+
+
+def test_a_weight_without_data_is_refused(method: Method) -> None:
+    with torch.device("meta"):
+        model = Tower()
+    with pytest.raises(SpectralError, match=r"up is on the meta device: load the base model first"):
+        get_peft_model(model, method(r=4, target_modules=["up"]))
+
+
+def test_a_target_that_matches_nothing_raises(method: Method) -> None:
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(llama(), method(target_modules=["nothing"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, {"0.self_attn.q_proj", "1.self_attn.q_proj"}),
+        ({"target_modules": r".*\.1\..*(up|down)_proj"}, {"1.mlp.up_proj", "1.mlp.down_proj"}),
+        (
+            {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["q_proj"]},
+            {f"{i}.self_attn.v_proj" for i in "01"},
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"1.self_attn.q_proj"}),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, {"0.self_attn.q_proj"}),
+        ({"target_modules": None}, {f"{i}.self_attn.{n}_proj" for i in "01" for n in "qv"}),
+    ],
+)
+def test_targets(method: Method, fields: dict[str, object], expected: set[str]) -> None:
+    model = get_peft_model(llama(), method(**fields))
+    assert adapted_names(model) == {f"model.layers.{name}" for name in expected}
+
+
+def test_all_linear_leaves_the_head_out(method: Method) -> None:
+    names = adapted_names(get_peft_model(llama(), method(target_modules="all-linear")))
+    assert "lm_head" not in names
+    assert len(names) == 14
+
+
+@pytest.mark.parametrize(("bias", "expected"), [("none", 0), ("spectral_only", 2), ("all", 7)])
+def test_bias(method: Method, tmp_path: Path, bias: str, expected: int) -> None:
+    model = get_peft_model(tower(), method(r=2, target_modules=["up", "conv1d"], bias=bias))
+    trained = [name for name, value in model.named_parameters() if value.requires_grad and name.endswith("bias")]
+    assert len(trained) == expected
+    for name, value in model.named_parameters():
+        if name in trained:
+            value.data += 1
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tower(), tmp_path)(IDS), model(IDS))
+
+
+def test_modules_to_save_train_and_reload(method: Method, tmp_path: Path) -> None:
+    def classifier() -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=64,
+            num_labels=3,
+            pad_token_id=0,
+        )
+        return LlamaForSequenceClassification(config).eval()
+
+    model = get_peft_model(classifier(), method(task_type="SEQ_CLS"))
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=method.lr)
+    model(input_ids=batch(), labels=torch.tensor([0, 2])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(logits(model), logits(classifier()))
+    model.save_pretrained(tmp_path)
+    assert any("score.weight" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    torch.manual_seed(7)
+    assert torch.equal(logits(PeftModel.from_pretrained(classifier(), tmp_path)), logits(model))
+
+
+def test_trainable_tokens_train_and_reload(method: Method, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), method(trainable_token_indices=[1, 2, 3]))
+    train_(model, method.lr)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
+# Ranks
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    return {layer.key.rpartition(".")[2]: layer.update_of("default").r for layer in layers(model)}
+
+
+def test_rank_pattern_and_fractions(method: Method) -> None:
+    model = get_peft_model(llama(), method(r=0.25, rank_pattern={"q_proj": 3, "mlp.*_proj": 0.5}))
+    assert ranks(model) == {
+        "q_proj": 3, "k_proj": 4, "v_proj": 4, "o_proj": 8, "gate_proj": 16, "up_proj": 16, "down_proj": 16,
+    }  # fmt: skip
+
+
+def test_an_energy_is_the_smallest_rank_that_holds_it(method: Method, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), method(r="energy=0.8"))
+    for layer in layers(model):
+        energy = torch.linalg.svdvals(layer.get_base_weight()).double().square()
+        held = energy.cumsum(0) / energy.sum()
+        r = layer.update_of("default").r
+        assert held[r - 1] >= 0.8 > (held[r - 2] if r > 1 else 0)
+    train_(model, method.lr)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert len(reloaded.peft_config["default"].rank_pattern) == 14
+
+
+def test_a_rank_beyond_the_weight_is_clamped_with_one_warning(method: Method) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(llama(), method(r=20))
+    messages = [str(warning.message) for warning in caught if "clamped" in str(warning.message)]
+    assert len(messages) == 1
+    assert "of 4 modules" in messages[0]
+    assert "model.layers.0.self_attn.k_proj (to 16)" in messages[0]
+    assert ranks(model)["k_proj"] == 16
+    assert ranks(model)["q_proj"] == 20
+
+
+# Beside other PEFT methods
+
+
+def test_it_wraps_a_layer_of_another_peft_method(method: Method) -> None:
+    from peft import LoraConfig
+
+    model = llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    with_lora = logits(model)
+    model.add_adapter(method(target_modules=["q_proj"]), "spectral")
+    model.set_adapter(["lora", "spectral"])
+    assert torch.equal(logits(model), with_lora)
+
+
+def test_mixed_batches_are_refused_not_ignored(method: Method) -> None:
+    model = get_peft_model(llama(), method())
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(batch(), adapter_names=["default", "__base__"])
