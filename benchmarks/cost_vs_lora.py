@@ -40,7 +40,8 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "pissa": PiSSAConfig,
     "peft-pissa": functools.partial(LoraConfig, init_lora_weights="pissa_niter_4"),
 }
-PHASES = ("forward", "backward", "optimizer", "step")  # the optimizer's with zero_grad; the step is all of them
+EXACT = {"peft-pissa, exact": functools.partial(LoraConfig, init_lora_weights="pissa")}
+PHASES = ("forward", "backward", "optimizer", "zero_grad", "step")  # the step is all of them
 COUNTED = "memory beyond the base, counted"
 MEASURED = "memory beyond the base, measured"
 TARGETS = {  # what the second name costs, as a multiple of the third
@@ -93,11 +94,11 @@ def adapt(base: nn.Module, method: Callable[..., PeftConfig], args: Arguments) -
     return get_peft_model(base, method(r=args.r, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def seconds(args: Arguments, run: Callable[..., object], *arguments: object) -> float:
+def seconds(args: Arguments, run: Callable[[], object]) -> float:
     """Time `run`, with what it leaves to do on an accelerator."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     start = clock()
-    run(*arguments)
+    run()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return clock() - start
@@ -119,32 +120,23 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.autocast):
             self.loss: Tensor = self.model(input_ids=ids, labels=ids).loss
 
-    def backward(self) -> None:
-        self.loss.backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
     def step(self, ids: Tensor) -> dict[str, float]:
         """Train on one batch; return the seconds of each phase and of all."""
-        times = [seconds(self.args, phase) for phase in (lambda: self.forward(ids), self.backward, self.update)]
+        optimizer = self.optimizer
+        phases = (lambda: self.forward(ids), lambda: self.loss.backward(), optimizer.step, optimizer.zero_grad)
+        times = [seconds(self.args, phase) for phase in phases]
         return dict(zip(PHASES, (*times, sum(times)), strict=True))
 
     def saved_activations(self, ids: Tensor) -> int:
         """Count the bytes that autograd keeps for the backward pass, parameters and buffers of the model aside."""
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
-        saved: dict[int, int] = {}  # bytes by address: what is saved stays alive until the loss goes
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        saved: list[torch.UntypedStorage] = []  # alive until they are counted: no two have the same address
+        keep = lambda tensor: saved.append(tensor.untyped_storage()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self.forward(ids)
         del self.loss
-        return sum(size for address, size in saved.items() if address not in own)
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in saved}
+        return sum(size for address, size in sizes.items() if address not in own)
 
     def peak(self, ids: Tensor) -> int:
         """Find the largest number of bytes that PyTorch holds at once in a step, beyond what it held before."""
@@ -175,19 +167,10 @@ def measure_init(base: nn.Module, args: Arguments) -> dict[str, list[float]]:
     """Time get_peft_model; the copies of the base are made outside of the timing."""
     adapt(copy.deepcopy(base), LoraConfig, args)  # imports what PEFT imports late
     times: dict[str, list[float]] = {name: [] for name in METHODS}
-    for _ in range(args.init_rounds):
-        for name, method in METHODS.items():
-            times[name].append(seconds(args, adapt, copy.deepcopy(base), method, args))
-    if args.exact:
-        exact = functools.partial(LoraConfig, init_lora_weights="pissa")
-        times["peft-pissa, exact"] = [seconds(args, adapt, copy.deepcopy(base), exact, args)]
+    for name, method in [*METHODS.items()] * args.init_rounds + [*EXACT.items()] * args.exact:
+        run = functools.partial(adapt, copy.deepcopy(base), method, args)
+        times.setdefault(name, []).append(seconds(args, run))
     return times
-
-
-def measure_steps(trainings: dict[str, Training], batches: list[Tensor]) -> dict[str, dict[str, list[float]]]:
-    """Time every method on each batch in turn."""
-    rounds = [{name: training.step(ids) for name, training in trainings.items()} for ids in batches][WARMUP:]
-    return {name: {phase: [one[name][phase] for one in rounds] for phase in PHASES} for name in trainings}
 
 
 def measure_memory(base: nn.Module, trainings: dict[str, Training], ids: Tensor) -> dict[str, dict[str, int]]:
@@ -199,9 +182,7 @@ def measure_memory(base: nn.Module, trainings: dict[str, Training], ids: Tensor)
         kept = own["trained parameters"] + own["optimizer state"]
         saved, peak = (own[key] - bare[key] for key in ("saved activations", "peak of a step"))
         own |= {COUNTED: kept + own["gradients"] + saved, MEASURED: kept + peak}
-        own["frozen starts"] = (
-            nbytes(training.model.parameters()) - nbytes(base.parameters()) - nbytes(training.trained)
-        )
+        own["frozen starts"] = nbytes(training.model.parameters()) - nbytes([*base.parameters(), *training.trained])
         result[name] = {"saved activations of the base": bare["saved activations"], **own}
     return result
 
@@ -215,32 +196,33 @@ def checkpoint_size(model: PeftModel, **options: bool) -> int:
 
 
 def quartiles(values: list[float], reference: list[float]) -> list[float]:
-    """Return the quartiles of the ratios round by round."""
+    """Divide round by round."""
     ratios = [a / b for a, b in zip(values, reference, strict=False)]
     return statistics.quantiles(ratios * 2 if len(ratios) < 2 else ratios, n=4, method="inclusive")
+
+
+def ratio(values: list[float], reference: list[float]) -> str:
+    return "{1:.3f} ({0:.2f}-{2:.2f})".format(*quartiles(values, reference))
 
 
 def show(title: str, header: Iterable[str], rows: dict[str, Iterable[str]]) -> None:
     table = Table("", *header, title=title, title_justify="left")
     for name, cells in rows.items():
         table.add_row(name, *cells)
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 def report(raw: dict[str, Any]) -> None:
-    """Print the tables. Ratios: the median of those round by round, and their quartiles."""
-
-    def ratio(values: list[float], reference: list[float]) -> str:
-        return "{1:.3f} ({0:.2f}-{2:.2f})".format(*quartiles(values, reference))
-
+    """Print the tables."""
     steps, memory, init, sizes = raw["steps"], raw["memory"], raw["init"], raw["checkpoints"]
     middle = {name: f"{statistics.median(own['step']):.3f}" for name, own in steps.items()}
     rows = {name: [middle[name], *(ratio(own[p], steps["lora"][p]) for p in PHASES)] for name, own in steps.items()}
-    show("Step, ratios to LoRA", ("seconds", *PHASES), rows)
+    show("Step; ratios to LoRA: median (quartiles)", ("seconds", *PHASES), rows)
     rows = {key: [f"{own[key] / 2**20:.2f}" for own in memory.values()] for key in memory["lora"]}
     show("Training memory in MiB", memory, rows)
-    rows = {n: (f"{statistics.median(t):.2f}", *(ratio(t, init[x]) for x in init)) for n, t in init.items()}
-    show("Initialization, ratios to others", ("seconds", *init), rows)
+    others = ("lora", "peft-pissa")
+    rows = {n: (f"{statistics.median(t):.2f}", *(ratio(t, init[x]) for x in others)) for n, t in init.items()}
+    show("Initialization", ("seconds", *(f"ratio to {name}" for name in others)), rows)
     rows = {name: [f"{size / 2**20:.3f}", f"{size / sizes['lora']:.3f}"] for name, size in sizes.items()}
     show("Checkpoint", ("MiB", "ratio to LoRA"), rows)
     costs = {"step": {name: own["step"] for name, own in steps.items()}, "initialization": init}
@@ -260,7 +242,8 @@ def main() -> None:
     batches = list(torch.randint(base.config.vocab_size, shape, device=base.device))
     raw: dict[str, Any] = {"init": measure_init(base, args)}
     trainings = {name: Training(adapt(copy.deepcopy(base), method, args), args) for name, method in METHODS.items()}
-    raw["steps"] = measure_steps(trainings, batches)
+    steps = [{name: training.step(ids) for name, training in trainings.items()} for ids in batches][WARMUP:]
+    raw["steps"] = {name: {phase: [each[name][phase] for each in steps] for phase in PHASES} for name in METHODS}
     raw["memory"] = measure_memory(base, trainings, batches[0])
     sizes = raw["checkpoints"] = {name: checkpoint_size(training.model) for name, training in trainings.items()}
     for name in ("svfit", "pissa"):

@@ -33,7 +33,7 @@ def complete_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[st
     """Returns `state_dict`, in the model's keys, with the starts that a checkpoint left out computed anew.
 
     Raises:
-        SpectralError: a tensor is missing or has the wrong kind of dtype, or the adapter was trained on another base
+        SpectralError: a tensor is missing or has the wrong shape or kind of dtype, or the adapter was trained on another base
             weight. Nothing has changed then.
     """
     completed = dict(state_dict)
@@ -66,6 +66,12 @@ def _check_tensors(prefix: str, update: SpectralUpdate, tensors: dict[str, Tenso
                 f"The adapter checkpoint has no tensor {prefix}{key}: it is incomplete, or was saved with other "
                 "`target_modules` or by another method. Save the adapter again, or load it with its own "
                 "adapter_config.json."
+            )
+        if tensors[key].shape != expected.shape:
+            raise SpectralError(
+                f"The tensor {prefix}{key} of the adapter checkpoint has shape {tuple(tensors[key].shape)}; expected "
+                f"{tuple(expected.shape)}: `r` or `rank_pattern` differ, or the base model has other sizes. Load it "
+                "with its own adapter_config.json."
             )
         if tensors[key].is_floating_point() != expected.is_floating_point():
             raise SpectralError(

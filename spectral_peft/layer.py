@@ -131,8 +131,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if not same_matrix(of_base, sketch(self.effective_weight()).cpu(), SAME_BASE):
             raise SpectralError(
                 f"{self.key}: the adapter '{adapter_name}' was trained on another base weight. Load it on the base "
-                "model and revision that its adapter_config.json names. To use it on this one all the same, pass "
-                "`config=` with `check_base=False`."
+                "model and revision that its adapter_config.json names. To use it on this one all the same, load its "
+                "config, set `config.check_base = False` and pass `config=config`."
             )
 
     def check_start(self, adapter_name: str, update: SpectralUpdate) -> None:

@@ -112,7 +112,7 @@ class SpectralUpdate(nn.Module, ABC):
 
     @property
     def is_meta(self) -> bool:
-        """Whether the parameters have no data yet: PEFT creates them so when it loads with low_cpu_mem_usage."""
+        """Whether the parameters have no data yet, as PEFT creates them when it loads with low_cpu_mem_usage."""
         return any(parameter.is_meta for parameter in self.parameters())
 
     def is_started(self) -> bool:

@@ -398,7 +398,7 @@ def test_an_adapter_of_another_base_is_refused(method: Method, tmp_path: Path, s
     other = llama(seed=1)
     expected = logits(other)
     for low_cpu_mem_usage in (False, True):
-        with pytest.raises(SpectralError, match=r"q_proj: .* another base weight.*check_base=False"):
+        with pytest.raises(SpectralError, match=r"q_proj: .* another base weight.*check_base = False"):
             PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert not list(layers(other))
         assert not hasattr(other, "peft_config")
@@ -466,6 +466,15 @@ def test_an_incomplete_checkpoint_is_refused(method: Method, tmp_path: Path) -> 
     base = llama()
     with pytest.raises(SpectralError, match=r"has no tensor .*down_proj.*incomplete"):
         PeftModel.from_pretrained(base, tmp_path)
+    assert not list(layers(base))
+
+
+def test_a_checkpoint_of_another_rank_is_refused(method: Method, tmp_path: Path) -> None:
+    trained_model(method).save_pretrained(tmp_path)
+    base, config = llama(), method.config.from_pretrained(tmp_path)
+    config.r = 4
+    with pytest.raises(SpectralError, match=r"has shape \(.*8.*\); expected \(.*4.*\).*`r`"):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
     assert not list(layers(base))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from spectral_peft.linalg.drivers import Factors
 from spectral_peft.linalg.fingerprint import SKETCH_SIZE, same_matrix, sketch
 from spectral_peft.linalg.spectrum import effective_rank, energy_rank
 from spectral_peft.linalg.stiefel import cholesky_qr_retraction, orthonormality_error, polar_retraction, qr_retraction
 from spectral_peft.linalg.svd import (
     ALGORITHMS,
-    Factors,
     canonical_signs,
     randomized_svd,
     singular_values,

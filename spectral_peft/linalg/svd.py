@@ -1,34 +1,19 @@
-"""Singular value decompositions: exact with a ladder of fallbacks, randomised, truncated."""
+"""Singular value decompositions: exact, randomized, truncated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spectral_peft.errors import SpectralError
+from spectral_peft.linalg.drivers import Factors, NotConverged, decompose
 from spectral_peft.linalg.precision import full_precision, working_copy
 
 
-_NotConverged = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _MAX_ITERATIONS = 16
 _SEED = 0
-
-
-class Factors(NamedTuple):
-    """A matrix as U diag(S) Vh, named and laid out as by `torch.linalg.svd`."""
-
-    U: Tensor  # shape: (..., m, r)
-    S: Tensor  # shape: (..., r)
-    Vh: Tensor  # shape: (..., r, n)
-
-    def matrix(self) -> Tensor:  # shape: (..., m, n)
-        """U diag(S) Vh."""
-        return (self.U * self.S.unsqueeze(-2)) @ self.Vh
 
 
 def svd(
@@ -45,7 +30,7 @@ def svd(
     """
     A = working_copy(A)
     with full_precision(A):
-        return _finished(_decompose(A))
+        return _finished(decompose(A))
 
 
 def singular_values(
@@ -60,8 +45,8 @@ def singular_values(
     with full_precision(A):
         try:
             return torch.linalg.svdvals(A)
-        except _NotConverged:
-            return _decompose(A).S
+        except NotConverged:
+            return decompose(A).S
 
 
 def canonical_signs(
@@ -82,7 +67,7 @@ def randomized_svd(
     rank: int,
     tolerance: float = 0.01,
 ) -> Factors:
-    """The leading `rank` triplets of `A` by randomised subspace iteration, stopped by an a-posteriori estimate.
+    """The leading `rank` triplets of `A` by randomized subspace iteration, stopped by an a-posteriori estimate.
 
     With E the energy sum_i S_i^2 that the triplets capture, the iteration ends when what more of it would still gain
     is at most 2 * tolerance * min(E, ||A||_F^2 - E), so that the captured norm and the norm of the residual are both
@@ -113,7 +98,7 @@ def truncated_svd(
     Args:
         A: the matrix, or a batch of them.
         rank: the number of triplets.
-        algorithm: "exact", "randomized", or "auto": randomised where its subspace has at most a quarter of min(m, n)
+        algorithm: "exact", "randomized", or "auto": randomized where its subspace has at most a quarter of min(m, n)
             dimensions, exact otherwise.
 
     Raises:
@@ -129,7 +114,7 @@ def truncated_svd(
 def _exact(A: Tensor, rank: int) -> Factors:
     A = working_copy(A)
     with full_precision(A):
-        return _finished(_truncate(_decompose(A), rank))
+        return _finished(_truncate(decompose(A), rank))
 
 
 def _auto(A: Tensor, rank: int) -> Factors:
@@ -163,50 +148,6 @@ def _finished(factors: Factors) -> Factors:
     return Factors(U.contiguous(), factors.S.clone(), Vh.contiguous())
 
 
-# --- exact: the ladder -----------------------------------------------------------------------------------------------
-
-
-def _default_driver(A: Tensor) -> Factors:
-    return Factors(*torch.linalg.svd(A, full_matrices=False))
-
-
-def _gesvd(A: Tensor) -> Factors:
-    return Factors(*torch.linalg.svd(A, full_matrices=False, driver="gesvd"))
-
-
-def _float64_on_cpu(A: Tensor) -> Factors:
-    return _default_driver(A.to("cpu", torch.float64))
-
-
-def _gram(A: Tensor) -> Factors:
-    """From A^T A = V diag(S^2) V^T and A V = U diag(S), in float64: singular values below 1e-8 S_1 are lost in it.
-
-    U is the Q factor of A V, hence orthonormal where singular values are zero.
-    """
-    if A.shape[-2] < A.shape[-1]:
-        V, S, Uh = _gram(A.mT)
-        return Factors(Uh.mT, S, V.mT)
-    A = A.to("cpu", torch.float64)
-    V = torch.linalg.eigh(A.mT @ A).eigenvectors.flip(-1)
-    U, R = torch.linalg.qr(A @ V)
-    diagonal = R.diagonal(dim1=-2, dim2=-1)
-    S, order = diagonal.abs().sort(descending=True)
-    U = torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2) * U
-    return Factors(U.take_along_dim(order.unsqueeze(-2), -1), S, V.take_along_dim(order.unsqueeze(-2), -1).mT)
-
-
-def _decompose(A: Tensor) -> Factors:
-    on_cuda = (_gesvd,) if A.is_cuda else ()
-    for attempt in (_default_driver, *on_cuda, _float64_on_cpu, _gram):
-        with suppress(_NotConverged):
-            U, S, Vh = attempt(A)
-            return Factors(U.to(A), S.to(A), Vh.to(A))
-    raise SpectralError(f"No SVD driver converges on the matrix of shape {tuple(A.shape)}.")
-
-
-# --- randomised ------------------------------------------------------------------------------------------------------
-
-
 def _subspace_width(A: Tensor, rank: int) -> int:
     """`rank` and an oversampling of a quarter of it, at least 8: the spectra of language models are flat."""
     return min(rank + max(8, rank // 4), *A.shape[-2:])
@@ -215,14 +156,14 @@ def _subspace_width(A: Tensor, rank: int) -> int:
 def _leading(A: Tensor, rank: int, tolerance: float) -> Factors:
     width = _subspace_width(A, rank)
     if width == min(A.shape[-2:]):
-        return _truncate(_decompose(A), rank)
+        return _truncate(decompose(A), rank)
     total = torch.linalg.vector_norm(A, dim=-1).double().square().sum(-1)  # row norms: a float64 copy of A is slow
     energies: list[Tensor] = []
     for factors in _subspace_iterates(A, width):
         energies.append(factors.S[..., :rank].double().square().sum(-1))
         if _converged(energies, total, tolerance, torch.finfo(A.dtype).eps):
             return _truncate(factors, rank)
-    return _truncate(_decompose(A), rank)
+    return _truncate(decompose(A), rank)
 
 
 def _subspace_iterates(A: Tensor, width: int) -> Iterator[Factors]:
@@ -235,7 +176,7 @@ def _subspace_iterates(A: Tensor, width: int) -> Iterator[Factors]:
     V = torch.linalg.qr(A.mT @ torch.randn(A.shape[-2], width, generator=generator).to(A)).Q
     for _ in range(_MAX_ITERATIONS):
         Q, R = torch.linalg.qr(A @ V)
-        W, S, Xh = _decompose(R)
+        W, S, Xh = decompose(R)
         factors = Factors(Q @ W, S, Xh @ V.mT)
         yield factors
         shift = S[..., -1:, None].square() / 2
