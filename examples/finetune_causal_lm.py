@@ -50,7 +50,7 @@ METHODS = {
 LOADERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_SHARE = 0.1
-SHOWN = 2  # held-out prompts that are answered before and after training
+SHOWN = 3  # held-out prompts that are answered before and after training
 IGNORED = -100  # the label that the loss of transformers skips
 
 Pair = tuple[str, str]  # prompt and answer
@@ -233,8 +233,8 @@ def make_trainer(name: str, args: Arguments, model: PeftModel, **data: Any) -> T
     return Trainer(model, training, **data)
 
 
-def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list[Row], held_out: list[Row]) -> dict:
-    """Train one method on a copy of `base`, save its adapter, prove that it reloads, and return what was measured."""
+def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list[Row], held_out: list[Row]) -> tuple:
+    """Train a method on a copy of `base`, prove that its adapter reloads; return the model and what was measured."""
     modules = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
     rank = args.r or METHODS[name].rank
     config = METHODS[name].config(r=rank, target_modules=modules, task_type="CAUSAL_LM")
@@ -259,7 +259,7 @@ def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list
     merge_error = (logits_of(reloaded.merge_and_unload(safe_merge=True), batch) - trained).abs().max().item()
 
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    table = {
+    return model, {
         "rank": f"{rank}",
         "learning rate": f"{trainer.args.learning_rate:g}",
         "held-out loss, before": f"{before:.4f}",
@@ -274,10 +274,9 @@ def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list
         "reloaded: max |logit difference|": f"{reload_error:g}",
         "merged: max |logit difference|": f"{merge_error:.1e}",
     }
-    return {"table": table, "answers": [respond(model, tokenizer, row) for row in held_out[:SHOWN]]}
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
     """Run the methods that are asked for, print how they compare, and return it."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     names = args.method.split(",")
@@ -287,23 +286,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
     base, tokenizer = load_model_and_tokenizer(args)
-    train, held_out = (encode_all(pairs, tokenizer, args.max_length) for pairs in split_by_prompt(read_pairs(args)))
-    held_out = held_out[: args.max_held_out]
+    train_pairs, held_out_pairs = split_by_prompt(read_pairs(args))
+    train = encode_all(train_pairs, tokenizer, args.max_length)
+    held_out = encode_all(held_out_pairs[: args.max_held_out], tokenizer, args.max_length)
     print(f"{len(train)} examples to train on, {len(held_out)} held out")
-    answers, results = {"before": [respond(base, tokenizer, row) for row in held_out[:SHOWN]]}, {}
+    shown = held_out_pairs[:: math.ceil(len(held_out_pairs) / SHOWN)]
+    rows = [encode(pair, tokenizer, args.max_length) for pair in shown]
+    answers, results = {"before": [respond(base, tokenizer, row) for row in rows]}, {}
     for name in names:
         print(f"\n{name}: {args.max_steps} steps, {args.batch_size} examples each")
-        results[name] = fine_tune(name, args, base, tokenizer, train, held_out)
-        answers[name] = results[name]["answers"]
+        model, results[name] = fine_tune(name, args, base, tokenizer, train, held_out)
+        answers[name] = [respond(model, tokenizer, row) for row in rows]
+        del model  # or it would count in the peak memory of the next
 
     table = Table("", *results, title="Same base model, data and number of steps")
-    for label in results[names[0]]["table"]:
-        table.add_row(label, *(result["table"][label] for result in results.values()))
+    for label in results[names[0]]:
+        table.add_row(label, *(result[label] for result in results.values()))
     rich.print(table)
-    for index, row in enumerate(held_out[:SHOWN]):
-        print("\n" + tokenizer.decode(row["input_ids"], skip_special_tokens=True))
+    for index, (prompt, reference) in enumerate(shown):
+        print(f"\n{prompt or reference}")
         for name, given in answers.items():
-            print(f"  [{name}] {given[index]!r}")
+            print(f"  {name}: {given[index]}")
     return results
 
 

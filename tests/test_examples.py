@@ -79,11 +79,11 @@ def test_pairs_in_chat_format(example, model_folder, pairs_file, capsys):
 
     assert list(results) == ["svfit", "pissa"]
     for name, result in results.items():
-        assert result["table"]["reloaded: max |logit difference|"] == "0"
-        assert result["table"]["held-out loss, before"] != result["table"]["held-out loss, after"]
-        assert float(result["table"]["merged: max |logit difference|"]) < 1e-4
+        assert result["reloaded: max |logit difference|"] == "0"
+        assert result["held-out loss, before"] != result["held-out loss, after"]
+        assert float(result["merged: max |logit difference|"]) < 1e-4
         assert (pairs_file.parent / "out" / name / "adapter_model.safetensors").is_file()
-    assert results["svfit"]["table"]["trainable parameters"] == "28"  # 2 layers, 7 modules, 2 singular values
+    assert results["svfit"]["trainable parameters"] == "28"  # 2 layers, 7 modules, 2 singular values
     assert "held-out perplexity, after" in capsys.readouterr().out
 
 
@@ -94,8 +94,8 @@ def test_plain_text_and_named_modules(example, model_folder, tmp_path):
     flags = ["--text-column", "text", "--method", "lora", "--target-modules", "q_proj,v_proj"]
     results = run(example, model_folder, text, *flags)
 
-    assert results["lora"]["table"]["trainable parameters"] == "224"  # 2 layers, (16 + 16) * 2 and (16 + 8) * 2
-    assert results["lora"]["table"]["reloaded: max |logit difference|"] == "0"
+    assert results["lora"]["trainable parameters"] == "224"  # 2 layers, (16 + 16) * 2 and (16 + 8) * 2
+    assert results["lora"]["reloaded: max |logit difference|"] == "0"
 
 
 def test_labels_are_the_answer_and_its_end(example, model_folder):
