@@ -33,7 +33,7 @@ class Core(SpectralUpdate):
     def forward(self, x):
         return self.U(self.R(self.Vh(self.dropout(x))))
 
-    def delta(self):
+    def matrix(self):
         return self.U.weight @ self.R.weight @ self.Vh.weight
 
 

@@ -32,7 +32,7 @@ class PiSSA(SpectralUpdate):
 
     def __init__(self, size: Size, *, scaling: float) -> None:
         super().__init__(size)
-        m, n, r, dtype, device = size
+        m, n, r, dtype, device, _ = size
         self.scaling = scaling
         self.A0 = Factor(r, n, dtype, device)
         self.B0 = Factor(m, r, dtype, device)
@@ -53,7 +53,7 @@ class PiSSA(SpectralUpdate):
         change: Tensor = self.dB(self.A0(x) + dAx) + self.B0(dAx)
         return change * self.scaling
 
-    def delta(self) -> Tensor:
+    def matrix(self) -> Tensor:
         A = self.A0.weight + self.dA.weight
         return (self.dB.weight @ A + self.B0.weight @ self.dA.weight) * self.scaling
 

@@ -25,7 +25,7 @@ class SVFit(SpectralUpdate):
 
     def __init__(self, size: Size) -> None:
         super().__init__(size)
-        m, n, r, dtype, device = size
+        m, n, r, dtype, device, _ = size
         self.U = Factor(m, r, dtype, device)
         self.S = Diagonal(r, dtype, device)
         self.Vh = Factor(r, n, dtype, device)
@@ -41,7 +41,7 @@ class SVFit(SpectralUpdate):
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.dS(self.Vh(self.dropout(x))))
 
-    def delta(self) -> Tensor:
+    def matrix(self) -> Tensor:
         return (self.U.weight * self.dS.weight) @ self.Vh.weight
 
 
