@@ -22,13 +22,12 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 import psutil
+import rich
 import torch
 import transformers
 import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, Trainer
 from transformers.hf_argparser import HfArg
 
@@ -148,12 +147,11 @@ def split_by_prompt(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 def encode(pair: Pair, tokenizer: Any, max_length: int) -> Row:
     """Tokenize a pair in the chat format of the model, if it has one, with labels on the answer only."""
     prompt, answer = pair
-    prompt_ids = []
     if prompt and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         prompt_ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    elif prompt:
-        prompt_ids = tokenizer(prompt + "\n")["input_ids"]
+    else:
+        prompt_ids = tokenizer(prompt + "\n")["input_ids"] if prompt else []
     answer_ids = tokenizer(answer, add_special_tokens=not prompt)["input_ids"] + [tokenizer.eos_token_id]
     labels = [IGNORED] * len(prompt_ids) + answer_ids
     return {"input_ids": (prompt_ids + answer_ids)[:max_length], "labels": labels[:max_length]}
@@ -179,7 +177,7 @@ def held_out_loss(trainer: Trainer) -> float:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits of a batch in evaluation mode."""
     return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
@@ -195,7 +193,7 @@ def respond(model: Any, tokenizer: Any, row: Row) -> str:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Collect samples of the memory in use: CUDA's own peak, or the resident set of the process every 20 ms."""
+    """Collect the memory in use: CUDA's own peak, or the resident set of this process, sampled every 20 ms."""
     samples, done, process = [0], threading.Event(), psutil.Process()
 
     def sample() -> None:
@@ -207,13 +205,11 @@ def peak_memory() -> Iterator[list[int]]:
         yield samples
         samples.append(torch.cuda.max_memory_allocated())
         return
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    yield samples
+    done.set()
+    sampler.join()
 
 
 def make_trainer(name: str, args: Arguments, model: PeftModel, **data: Any) -> Trainer:
@@ -256,10 +252,11 @@ def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list
     batch = collator(copy.deepcopy(held_out[:4])).to(model.device)
     trained = logits_of(model, batch)
     reloaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    reload_error = (logits_of(reloaded, batch) - trained).abs().max().item()
-    if not torch.equal(logits_of(reloaded, batch), trained):
+    found = logits_of(reloaded, batch)
+    reload_error = (found - trained).abs().max().item()
+    if not torch.equal(found, trained):
         raise RuntimeError(f"The adapter in {folder} is not the trained one: its logits differ by {reload_error}.")
-    merged = reloaded.merge_and_unload(safe_merge=True)
+    merge_error = (logits_of(reloaded.merge_and_unload(safe_merge=True), batch) - trained).abs().max().item()
 
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     table = {
@@ -270,22 +267,14 @@ def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list
         "held-out perplexity, before": f"{math.exp(before):.2f}",
         "held-out perplexity, after": f"{math.exp(after):.2f}",
         "trainable parameters": f"{trainable:,}",
-        "trainable, % of the base model": f"{100 * trainable / base.num_parameters():.4f}",
+        "  % of the base model": f"{100 * trainable / base.num_parameters():.4f}",
         "seconds per step": f"{seconds / args.max_steps:.2f}",
         "peak memory in training, MiB": f"{max(memory) / 2**20:,.0f}",
         "adapter file, MiB": f"{sum(file.stat().st_size for file in folder.glob('adapter_model*')) / 2**20:.2f}",
-        "logits, saved and reloaded: max |difference|": f"{reload_error:g}",
-        "logits, merged: max |difference|": f"{(logits_of(merged, batch) - trained).abs().max().item():.1e}",
+        "reloaded: max |logit difference|": f"{reload_error:g}",
+        "merged: max |logit difference|": f"{merge_error:.1e}",
     }
     return {"table": table, "answers": [respond(model, tokenizer, row) for row in held_out[:SHOWN]]}
-
-
-def show(results: dict[str, dict]) -> None:
-    """Print one table of all methods."""
-    table = Table("", *results, title="Same base model, data and number of steps")
-    for label in next(iter(results.values()))["table"]:
-        table.add_row(label, *(result["table"][label] for result in results.values()))
-    Console(width=100).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
@@ -301,14 +290,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     train, held_out = (encode_all(pairs, tokenizer, args.max_length) for pairs in split_by_prompt(read_pairs(args)))
     held_out = held_out[: args.max_held_out]
     print(f"{len(train)} examples to train on, {len(held_out)} held out")
-    answers = {"before": [respond(base, tokenizer, row) for row in held_out[:SHOWN]]}
-    results = {}
+    answers, results = {"before": [respond(base, tokenizer, row) for row in held_out[:SHOWN]]}, {}
     for name in names:
         print(f"\n{name}: {args.max_steps} steps, {args.batch_size} examples each")
         results[name] = fine_tune(name, args, base, tokenizer, train, held_out)
         answers[name] = results[name]["answers"]
 
-    show(results)
+    table = Table("", *results, title="Same base model, data and number of steps")
+    for label in results[names[0]]["table"]:
+        table.add_row(label, *(result["table"][label] for result in results.values()))
+    rich.print(table)
     for index, row in enumerate(held_out[:SHOWN]):
         print("\n" + tokenizer.decode(row["input_ids"], skip_special_tokens=True))
         for name, given in answers.items():

@@ -70,7 +70,8 @@ _ieee_float32 = (
 
 
 def _refuse_non_finite(A: Tensor) -> None:
-    if torch.isfinite(A).all():
+    # The sum is ten times as fast, and finite only if every entry is; it may overflow where they all are.
+    if torch.isfinite(A.sum()) or torch.isfinite(A).all():
         return
     nans, infs = int(A.isnan().sum()), int(A.isinf().sum())
     raise SpectralError(f"The matrix of shape {tuple(A.shape)} has {nans} NaN and {infs} Inf entries.")

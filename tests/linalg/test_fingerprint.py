@@ -40,17 +40,17 @@ def test_rounding_is_not_seen(shape: tuple[int, int], seed: int, dtype: torch.dt
     assert same_matrix(sketch(A.to(dtype)), sketch(A), SAME)
 
 
-@pytest.mark.parametrize("change", ["transposed", "flipped", "negated", "scaled", "one row", "rolled"])
+@pytest.mark.parametrize("change", ["transposed", "flipped", "negated", "scaled", "rows lost", "rolled"])
 def test_changes_are_seen(change: str) -> None:
-    A = gaussian(64, 64)
-    first_row_lost = A.clone()
-    first_row_lost[:8] = 0
+    A = 1e-4 * gaussian(64, 64)
+    rows_lost = A.clone()
+    rows_lost[:8] = 0
     changed = {
         "transposed": A.mT,
         "flipped": A.flip(0),
         "negated": -A,
         "scaled": 1.02 * A,
-        "one row": first_row_lost,
+        "rows lost": rows_lost,
         "rolled": A.roll(1, 1),
     }[change]
     assert not same_matrix(sketch(A), sketch(changed), SAME)

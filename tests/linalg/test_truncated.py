@@ -55,6 +55,33 @@ def test_randomized_is_within_a_percent_of_optimal(spectrum: str, shape: tuple[i
     assert orthonormality_error(factors.Vh.mT) <= tolerance(torch.float32, rank)
 
 
+@pytest.fixture
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that `torch.linalg.svd` is called with."""
+    shapes, original = [], torch.linalg.svd
+
+    def record(A: Tensor, **kwargs: object) -> object:
+        shapes.append(tuple(A.shape))
+        return original(A, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", record)
+    return shapes
+
+
+@pytest.mark.parametrize("spectrum", ["power 1", "exponential", "rank 3", "step"])
+def test_randomized_ends_without_the_exact_svd(spectrum: str, decomposed: list[tuple[int, ...]]) -> None:
+    randomized_svd(with_spectrum(SPECTRA[spectrum], 300, 200), 8)
+    assert len(decomposed) <= 5
+    assert set(decomposed) == {(16, 16)}
+
+
+def test_randomized_ends_when_it_gains_no_more_than_is_rounded(decomposed: list[tuple[int, ...]]) -> None:
+    for seed in range(20):  # of low rank, so that the residual is nothing but rounding, of either sign
+        randomized_svd(gaussian(300, 3, seed=seed) @ gaussian(3, 200, seed=seed + 1), 8)
+    assert len(decomposed) <= 50
+    assert set(decomposed) == {(16, 16)}
+
+
 def test_randomized_captures_more_with_a_tighter_tolerance() -> None:
     A = gaussian(300, 200)
     optimum = torch.linalg.svdvals(A)[:8].square().sum()
@@ -129,12 +156,22 @@ def test_low_matmul_precision_does_not_reach_inside_and_is_restored() -> None:
     expected = randomized_svd(A, 8)
     try:
         torch.set_float32_matmul_precision("medium")
+        before = matmul_precisions()
         factors = randomized_svd(A, 8)
-        after = torch.get_float32_matmul_precision()
+        after = matmul_precisions()
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert after == "medium"
+    assert after == before
     assert torch.equal(factors.U, expected.U)
+
+
+def matmul_precisions() -> list[str]:
+    by_backend = [
+        backend.fp32_precision
+        for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+        if hasattr(backend, "fp32_precision")  # from torch 2.9 on
+    ]
+    return [torch.get_float32_matmul_precision(), *by_backend]
 
 
 def test_no_gradient_is_recorded() -> None:
