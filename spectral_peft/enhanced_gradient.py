@@ -21,7 +21,7 @@ class SegmentedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,  # shape: (..., n)
         U: Tensor,  # shape: (m, r)
@@ -44,7 +44,7 @@ class SegmentedProduct(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, P, P_rest, U, S, Vh, U_rest, Vh_rest = ctx.saved_tensors
         r, dtype = U.shape[1], rows.dtype
         with torch.autocast(grad.device.type, enabled=False):
@@ -64,3 +64,10 @@ class SegmentedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 dVh = ((Q if ctx.enhanced else QS).mT @ rows).to(Vh.dtype)
         return dx, dU, dS, dVh, None, None, None, None
+
+
+def segmented_product(
+    x: Tensor, U: Tensor, S: Tensor, Vh: Tensor, U_rest: Tensor, Vh_rest: Tensor, *, enhanced: bool, dtype: torch.dtype
+) -> Tensor:
+    """`SegmentedProduct` as a function; computes in `dtype`, also under autocast."""
+    return SegmentedProduct.apply(x, U, S, Vh, U_rest, Vh_rest, enhanced, dtype)  # type: ignore[no-untyped-call]

@@ -49,6 +49,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         self.weight_is_transposed = isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
         self.out_features, self.in_features = self.effective_weight().shape
 
+    @property
+    def base_parameter(self) -> nn.Parameter:
+        """The parameter of the innermost base layer, empty if it was freed."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
     def effective_weight(self) -> Tensor:  # shape: (out_features, in_features)
         """The base weight as the matrix W of x -> x W^T.
 
@@ -105,7 +110,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def new_update(self, config: SpectralConfig, r: int) -> SpectralUpdate:
         """A zero update for this layer, in float32 at least, on the device of the base weight."""
-        weight = self.get_base_layer().weight
+        weight = self.base_parameter
         dtype = torch.promote_types(weight.dtype, torch.float32)
         update = config.build(Size(self.out_features, self.in_features, r, dtype, weight.device, self.key))
         if config.dropout > 0:
@@ -205,13 +210,13 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             self.need_base_weight("`disable_adapter`")
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         if self.replacing(self.active_adapters) is None:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             dtype = result.dtype
         else:
             result = torch.zeros((), device=x.device) if self.bias is None else self.bias
-            dtype = compute_dtype(x, self.get_base_layer().weight)  # type: ignore[arg-type]
+            dtype = compute_dtype(x, self.base_parameter)
         for adapter_name in self.active_adapters:
             change = self.change(adapter_name, x)
             if change is not None:
@@ -223,7 +228,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     @property
     def is_freed(self) -> bool:
         """Whether the base weight was given up for an update that replaces it."""
-        return self.get_base_layer().weight.numel() == 0  # type: ignore[union-attr, operator]
+        return self.base_parameter.numel() == 0
 
     def need_base_weight(self, what: str) -> None:
         """Raises SpectralError if the base weight was freed."""
@@ -235,9 +240,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def free_base_weight_(self) -> None:
         """Gives up the base weight; what is left in its place has its dtype and device, and no entries."""
-        base = self.get_base_layer()
-        empty = torch.empty(0, dtype=base.weight.dtype, device=base.weight.device)  # type: ignore[call-overload]
-        base.weight = nn.Parameter(empty, requires_grad=False)
+        empty = torch.empty(0, dtype=self.base_parameter.dtype, device=self.base_parameter.device)
+        self.get_base_layer().weight = nn.Parameter(empty, requires_grad=False)
 
     # Merging
 
@@ -267,22 +271,23 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if update is None:
             return
         self.settle(adapter_name)
-        base = self.get_base_layer()
+        base = self.base_parameter
         if update.replaces:
-            self.unmerged_weight = base.weight
-            merged = update.matrix().mT if self.weight_is_transposed else update.matrix()
+            matrix = update.matrix()
+            merged = (matrix.mT if self.weight_is_transposed else matrix).to(base.dtype).contiguous()
         else:
             # The sum is rounded to the base's dtype once; adding a rounded change would round twice.
-            merged = base.weight + self.get_delta_weight(adapter_name)
+            merged = base + self.get_delta_weight(adapter_name)
         if safe and not torch.isfinite(merged).all():
             raise ValueError(
                 f"{self.key}: NaN or Inf in the weights merged with adapter '{adapter_name}', which seems to be "
                 "broken; nothing was merged into this layer."
             )
         if update.replaces:
-            base.weight = nn.Parameter(merged.to(base.weight.dtype).contiguous(), requires_grad=False)
+            self.unmerged_weight = base
+            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
         else:
-            base.weight.copy_(merged)
+            base.copy_(merged)
         self.merged_adapters.append(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -310,11 +315,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
-            base, update = self.get_base_layer(), self.update_of(adapter_name)
-            if update is not None and update.replaces:
-                base.weight, self.unmerged_weight = self.unmerged_weight, None
+            update = self.update_of(adapter_name)
+            if update is not None and update.replaces and self.unmerged_weight is not None:
+                self.get_base_layer().weight, self.unmerged_weight = self.unmerged_weight, None
             else:
-                base.weight.sub_(self.get_delta_weight(adapter_name))
+                self.base_parameter.sub_(self.get_delta_weight(adapter_name))
 
     def extra_repr(self) -> str:
         return f"adapters={sorted(self.configs)}"

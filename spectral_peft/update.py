@@ -25,6 +25,14 @@ class Size(NamedTuple):
     device: torch.device | None = None
     key: str = ""
 
+    def factor(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Factor:
+        """A zero matrix of this dtype and device."""
+        return Factor(rows, columns, dtype or self.dtype, self.device)
+
+    def diagonal(self, entries: int) -> Diagonal:
+        """A zero diagonal matrix of this dtype and device."""
+        return Diagonal(entries, self.dtype, self.device)
+
 
 def compute_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
     """The dtype that autocast asks for, or that of the parameter."""

@@ -136,6 +136,13 @@ def test_merging_keeps_the_function_and_unmerging_undoes_it(method: Method, base
         torch.testing.assert_close(logits(model), original, rtol=FUNCTION, atol=FUNCTION)
 
 
+def test_disabling_a_merged_adapter_gives_the_base(method: Method) -> None:
+    model = trained_model(method)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(llama()), rtol=FUNCTION, atol=FUNCTION)
+
+
 def test_merge_and_unload_gives_a_plain_model(method: Method) -> None:
     model = trained_model(method)
     expected = logits(model)

@@ -78,6 +78,11 @@ def test_every_kind_of_layer_computes_its_merged_weight(method: Method, name: st
     torch.testing.assert_close(merged(IDS), expected, rtol=FUNCTION, atol=FUNCTION)
 
 
+def test_indices_are_never_dropped(embedding_method: Method) -> None:
+    model = get_peft_model(tower(), embedding_method(r=4, target_modules=["embed"], dropout=0.5)).train()
+    assert torch.equal(model.embed(IDS), tower().embed(IDS))
+
+
 def test_conv1d_is_found_by_all_linear_without_a_flag(method: Method) -> None:
     model = get_peft_model(gpt2(), method())
     assert {type(layer.base_layer) for layer in layers(model)} == {Conv1D}

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectral_peft.config import SpectralConfig
-from spectral_peft.enhanced_gradient import SegmentedProduct
+from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, svd
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
-from spectral_peft.update import Diagonal, Factor, Size, SpectralUpdate, compute_dtype
+from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
 SAMPLING = (*PROBABILITIES, "sequential", "top")
@@ -77,15 +77,15 @@ class SST(SpectralUpdate):
         self, size: Size, k: int, schedule: Schedule, *, sampling: str, enhanced: bool, seed: int, rest: torch.dtype
     ) -> None:
         super().__init__(size)
-        m, n, r, dtype, device, key = size
+        m, n, r = size[:3]
         self.schedule, self.sampling, self.enhanced = schedule, sampling, enhanced
-        self.seed = f"{seed} {key}"
-        self.U = Factor(m, r, dtype, device)
-        self.Vh = Factor(r, n, dtype, device)
-        self.S = Diagonal(k, dtype, device)
-        self.dS = Diagonal(k, dtype, device)
-        self.U_rest = Factor(m, k - r, rest, device)
-        self.Vh_rest = Factor(k - r, n, rest, device)
+        self.seed = f"{seed} {size.key}"
+        self.U = size.factor(m, r)
+        self.Vh = size.factor(r, n)
+        self.S = size.diagonal(k)
+        self.dS = size.diagonal(k)
+        self.U_rest = size.factor(m, k - r, rest)
+        self.Vh_rest = size.factor(k - r, n, rest)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("order", torch.arange(k))
         self._before: list[Tensor] = []
@@ -103,15 +103,15 @@ class SST(SpectralUpdate):
         return self.S.weight + self.dS.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return SegmentedProduct.apply(  # type: ignore[no-any-return, no-untyped-call]
+        return segmented_product(
             self.dropout(x),
             self.U.weight,
             self.singular_values(),
             self.Vh.weight,
             self.U_rest.weight,
             self.Vh_rest.weight,
-            self.enhanced,
-            compute_dtype(x, self.U.weight),
+            enhanced=self.enhanced,
+            dtype=compute_dtype(x, self.U.weight),
         )
 
     def factors(self) -> Factors:
@@ -223,10 +223,10 @@ class PooledSST(SST):
 
     def __init__(self, size: Size, k: int, schedule: Schedule, **kwargs: object) -> None:
         super().__init__(size, k, schedule, **kwargs)  # type: ignore[arg-type]
-        m, n, _, dtype, device, _ = size
-        self.U0 = Factor(m, k, dtype, device)
-        self.S0 = Diagonal(k, dtype, device)
-        self.Vh0 = Factor(k, n, dtype, device)
+        m, n, _ = size[:3]
+        self.U0 = size.factor(m, k)
+        self.S0 = size.diagonal(k)
+        self.Vh0 = size.factor(k, n)
 
     @torch.no_grad()
     def start_(self, factors: Factors) -> None:
@@ -241,7 +241,7 @@ class PooledSST(SST):
         x = self.dropout(x).to(U.dtype)
         with torch.autocast(x.device.type, enabled=False):
             # All of the pool in one segment: the same operations as for the start, so that they cancel exactly.
-            now: Tensor = SegmentedProduct.apply(x, U, S, Vh, U[:, :0], Vh[:0], self.enhanced, U.dtype)
+            now = segmented_product(x, U, S, Vh, U[:, :0], Vh[:0], enhanced=self.enhanced, dtype=U.dtype)
             return now - self.U0(self.S0(self.Vh0(x)))
 
     def matrix(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectral_peft import SST, Size, SpectralError, SSTConfig
 from spectral_peft.linalg import orthonormality_error
-from tests.models import batch, llama, train_, trainable, updates
+from tests.models import batch, layers, llama, train_, trainable, updates
 from tests.tolerance import tolerance
 
 
@@ -213,9 +213,7 @@ def test_a_freed_base_weight_is_named_where_it_is_needed() -> None:
     with pytest.raises(SpectralError, match="keep_base_weight=True"), model.disable_adapter():
         model(batch())
     with pytest.raises(SpectralError, match="keep_base_weight=True"):
-        next(iter(layer for layer in model.modules() if hasattr(layer, "get_delta_weight"))).get_delta_weight(
-            "default"
-        )
+        next(layers(model)).get_delta_weight("default")
     expected = model.eval()(batch()).logits
     merged = model.merge_and_unload()
     rounding = tolerance(torch.float32, 32)
