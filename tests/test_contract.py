@@ -466,6 +466,21 @@ def test_recomputed_vectors_of_a_changed_base_are_refused(method: Method, tmp_pa
         logits(PeftModel.from_pretrained(other, tmp_path))
 
 
+def test_a_checkpoint_loaded_into_a_live_adapter_is_checked_too(method: Method, tmp_path: Path) -> None:
+    """Its start was computed from a nearly equal base: only the first use after the loading can tell."""
+    if not method.recomputable:
+        pytest.skip("its start cannot be recomputed")
+    trained_model(method, save_start=False).save_pretrained(tmp_path)
+    other = llama()
+    for parameter in other.parameters():
+        parameter.data += 2e-3 * parameter.std() * torch.randn_like(parameter)
+    model = get_peft_model(other, method(save_start=False))
+    logits(model)
+    model.load_adapter(tmp_path, "default")
+    with pytest.raises(SpectralError, match=r"recomputed .*save_start=True"):
+        logits(model)
+
+
 def test_a_failed_load_into_a_trained_adapter_keeps_it(method: Method, tmp_path: Path) -> None:
     model = trained_model(method)
     expected = logits(model)
