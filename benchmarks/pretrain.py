@@ -3,9 +3,9 @@
     python benchmarks/pretrain.py --text corpus.txt.gz --arm sst --factor-lr 1e-2
     python benchmarks/pretrain.py --text corpus.txt.gz --table      # what has been run so far
 
-Every run writes one JSON file and is skipped if that file is there, so that an interrupted sweep goes on. All arms see
-the same batches in the same order and train embeddings, head and norms in full; the seven projections of each layer are
-what differs. ReLoRA* merges and starts anew with reset optimizer state, without a full-rank warm-up phase.
+Every run writes one JSON file and is skipped if that file is there, so that an interrupted sweep goes on. All arms
+see the same batches in the same order and train embeddings, head and norms in full; the seven projections of each
+layer are what differs. ReLoRA* merges and starts anew with reset optimizer state, without a full-rank warm-up phase.
 """
 
 from __future__ import annotations
