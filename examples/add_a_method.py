@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spectral_peft import Factor, SpectralConfig, SpectralUpdate, register
+from spectral_peft import SpectralConfig, SpectralUpdate, register
 
 
 class Core(SpectralUpdate):
@@ -19,10 +19,10 @@ class Core(SpectralUpdate):
 
     def __init__(self, size):
         super().__init__(size)
-        m, n, r, dtype, device = size
-        self.U = Factor(m, r, dtype, device)
-        self.R = Factor(r, r, dtype, device)
-        self.Vh = Factor(r, n, dtype, device)
+        m, n, r = size[:3]
+        self.U = size.factor(m, r)
+        self.R = size.factor(r, r)
+        self.Vh = size.factor(r, n)
 
     @torch.no_grad()
     def start_(self, factors):
@@ -33,7 +33,7 @@ class Core(SpectralUpdate):
     def forward(self, x):
         return self.U(self.R(self.Vh(self.dropout(x))))
 
-    def delta(self):
+    def matrix(self):
         return self.U.weight @ self.R.weight @ self.Vh.weight
 
 

@@ -3,17 +3,22 @@
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.model import SpectralModel, register
-from spectral_peft.tuners import PiSSA, PiSSAConfig, SVFit, SVFitConfig
+from spectral_peft.report import ParameterReport, parameter_report, untargeted_modules
+from spectral_peft.tuners import SST, PiSSA, PiSSAConfig, PooledSST, SSTConfig, SVFit, SVFitConfig
 from spectral_peft.update import Diagonal, Factor, Size, SpectralUpdate
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SST",
     "Diagonal",
     "Factor",
+    "ParameterReport",
     "PiSSA",
     "PiSSAConfig",
+    "PooledSST",
+    "SSTConfig",
     "SVFit",
     "SVFitConfig",
     "Size",
@@ -21,5 +26,7 @@ __all__ = [
     "SpectralError",
     "SpectralModel",
     "SpectralUpdate",
+    "parameter_report",
     "register",
+    "untargeted_modules",
 ]

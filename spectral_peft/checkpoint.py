@@ -33,8 +33,8 @@ def complete_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[st
     """Returns `state_dict`, in the model's keys, with the starts that a checkpoint left out computed anew.
 
     Raises:
-        SpectralError: a tensor is missing or has the wrong shape or kind of dtype, or the adapter was trained on another base
-            weight. Nothing has changed then.
+        SpectralError: a tensor is missing or has the wrong shape or kind of dtype, or the adapter was trained on
+            another base weight. Nothing has changed then.
     """
     completed = dict(state_dict)
     for prefix, layer, update in adapter_updates(model, adapter_name):

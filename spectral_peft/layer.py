@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import same_matrix, sketch
-from spectral_peft.update import Size, SpectralUpdate
+from spectral_peft.training import drive
+from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
 SAME_BASE = 1e-2
@@ -27,7 +28,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SpectralLinear(nn.Module, BaseTunerLayer):
-    """Adds the updates of the active adapters to the output of an nn.Linear or a Conv1D.
+    """Adds the updates of the active adapters to the output of an nn.Linear or a Conv1D, or replaces it by one.
 
     The updates of one method live in one ModuleDict by adapter name, whose own name begins with the method's prefix,
     because transformers finds adapter tensors by that prefix. Adapters of several methods can share the layer.
@@ -42,15 +43,30 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         self.configs: dict[str, SpectralConfig] = {}
         self.settled: dict[str, bool] = {}
         self.merged_adapters: list[str] = []
+        self.unmerged_weight: nn.Parameter | None = None
         self.cast_input_dtype_enabled = True
         # Conv1D and nn.Embedding store their weight as (in_features, out_features).
         self.weight_is_transposed = isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
         self.out_features, self.in_features = self.effective_weight().shape
 
+    @property
+    def base_parameter(self) -> nn.Parameter:
+        """The parameter of the innermost base layer, empty if it was freed."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
     def effective_weight(self) -> Tensor:  # shape: (out_features, in_features)
-        """The base weight as the matrix W of x -> x W^T."""
+        """The base weight as the matrix W of x -> x W^T.
+
+        Raises:
+            SpectralError: it was freed.
+        """
+        self.need_base_weight("this")
         weight: Tensor = self.get_base_weight()
         return weight.mT if self.weight_is_transposed else weight
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        drive(update for name in self.configs if (update := self.update_of(name)) is not None)
 
     # Adapters
 
@@ -69,6 +85,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         and for the config of a checkpoint that holds it. `settle` makes up for it if no checkpoint comes.
         """
         update = self.new_update(config, r)
+        if update.replaces and isinstance(self.base_layer, BaseTunerLayer):
+            raise TypeError(
+                f"Target module {self.key} already has an adapter of another PEFT method, which an adapter that "
+                "replaces the base weight would silence. Merge or unload the other one first."
+            )
         awaits_checkpoint = config.from_checkpoint and config.save_start
         if not (awaits_checkpoint or update.is_meta):
             self.start_(update, config)
@@ -76,6 +97,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             self.add_module(container, nn.ModuleDict())
             self.adapter_layer_names = (*self.adapter_layer_names, container)
         getattr(self, container)[adapter_name] = update
+        drive([update])
         self.configs[adapter_name] = config
         self.settled[adapter_name] = not config.from_checkpoint
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -88,9 +110,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def new_update(self, config: SpectralConfig, r: int) -> SpectralUpdate:
         """A zero update for this layer, in float32 at least, on the device of the base weight."""
-        weight = self.effective_weight()
+        weight = self.base_parameter
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        update = config.build(Size(self.out_features, self.in_features, r, dtype, weight.device))
+        update = config.build(Size(self.out_features, self.in_features, r, dtype, weight.device, self.key))
         if config.dropout > 0:
             update.dropout = nn.Dropout(config.dropout)
         return update
@@ -102,6 +124,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         update.take_fingerprint_(weight)
         if not config.init_weights:
             update.perturb_()
+        if update.frees_base:
+            self.free_base_weight_()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def settle(self, adapter_name: str) -> None:
@@ -121,12 +145,14 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         elif update.fingerprint.any():
             self.check_base(adapter_name, update.fingerprint)
             self.check_start(adapter_name, update)
+        if update.frees_base:
+            self.free_base_weight_()
         self.settled[adapter_name] = True
 
     def check_base(self, adapter_name: str, fingerprint: Tensor) -> None:
         """Raises SpectralError if the adapter with this fingerprint was trained on another base weight."""
         of_base = fingerprint[0].cpu().view(torch.float32)
-        if not self.configs[adapter_name].check_base or self.merged:
+        if not self.configs[adapter_name].check_base or self.merged or self.is_freed:
             return
         if not same_matrix(of_base, sketch(self.effective_weight()).cpu(), SAME_BASE):
             raise SpectralError(
@@ -172,18 +198,50 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             self.settle(adapter_name)
         return update(x)
 
+    def replacing(self, adapter_names: Sequence[str]) -> str | None:
+        """The one among these adapters whose update stands in the place of the base weight, if there is one."""
+        names = [name for name in adapter_names if (update := self.update_of(name)) is not None and update.replaces]
+        if len(names) > 1:
+            raise ValueError(f"{self.key}: the adapters {names} each replace the base weight; activate one of them.")
+        return names[0] if names else None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
+            self.need_base_weight("`disable_adapter`")
+            return self.base_layer(x, *args, **kwargs)
+        if self.replacing(self.active_adapters) is None:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            dtype = result.dtype
+        else:
+            result = torch.zeros((), device=x.device) if self.bias is None else self.bias
+            dtype = compute_dtype(x, self.base_parameter)
         for adapter_name in self.active_adapters:
             change = self.change(adapter_name, x)
             if change is not None:
                 result = result + change
         return result.to(dtype)
+
+    # The base weight of updates that replace it
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether the base weight was given up for an update that replaces it."""
+        return self.base_parameter.numel() == 0
+
+    def need_base_weight(self, what: str) -> None:
+        """Raises SpectralError if the base weight was freed."""
+        if self.is_freed:
+            raise SpectralError(
+                f"{self.key}: {what} needs the base weight, which was freed because an adapter replaces it. Add the "
+                "adapter with `keep_base_weight=True` to keep it."
+            )
+
+    def free_base_weight_(self) -> None:
+        """Gives up the base weight; what is left in its place has its dtype and device, and no entries."""
+        empty = torch.empty(0, dtype=self.base_parameter.dtype, device=self.base_parameter.device)
+        self.get_base_layer().weight = nn.Parameter(empty, requires_grad=False)
 
     # Merging
 
@@ -198,27 +256,42 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.key} has no adapter '{adapter}'; it has {sorted(self.configs)}.")
         self.settle(adapter)
         with torch.autocast(update.fingerprint.device.type, enabled=False):
-            delta = update.delta()
+            delta = update.matrix()
+        if update.replaces:
+            delta = delta - self.effective_weight()
         return delta.mT if self.weight_is_transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Every update is additive: PEFT's `convert_to_lora` can express it."""
-        return True
+        """PEFT's `convert_to_lora` can express every change of a base weight that is still there."""
+        return not self.is_freed
 
     @torch.no_grad()
-    def _add_to_base_(self, adapter_name: str, sign: int, safe: bool) -> None:
-        weight: nn.Parameter = self.get_base_layer().weight  # type: ignore[assignment]
-        # The sum is rounded to the base's dtype once; adding a rounded delta would round twice.
-        merged = weight + sign * self.get_delta_weight(adapter_name)
+    def _merge_one_(self, adapter_name: str, safe: bool) -> None:
+        update = self.update_of(adapter_name)
+        if update is None:
+            return
+        self.settle(adapter_name)
+        base = self.base_parameter
+        if update.replaces:
+            matrix = update.matrix()
+            merged = (matrix.mT if self.weight_is_transposed else matrix).to(base.dtype).contiguous()
+        else:
+            # The sum is rounded to the base's dtype once; adding a rounded change would round twice.
+            merged = base + self.get_delta_weight(adapter_name)
         if safe and not torch.isfinite(merged).all():
             raise ValueError(
                 f"{self.key}: NaN or Inf in the weights merged with adapter '{adapter_name}', which seems to be "
                 "broken; nothing was merged into this layer."
             )
-        weight.copy_(merged)
+        if update.replaces:
+            self.unmerged_weight = base
+            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
+        else:
+            base.copy_(merged)
+        self.merged_adapters.append(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the given adapters, by default the active ones, to the base weight.
+        """Brings the given adapters, by default the active ones, into the base weight.
 
         Args:
             safe_merge: Refuse to merge weights that are not finite.
@@ -227,17 +300,26 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if the merged weight would hold NaN or Inf; it is then left as it was.
         """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if self.update_of(adapter_name) is not None:
-                self._add_to_base_(adapter_name, 1, safe_merge)
-                self.merged_adapters.append(adapter_name)
+        names = check_adapters_to_merge(self, adapter_names)
+        replacing = self.replacing([*names, *self.merged_adapters])
+        for adapter_name in sorted(names, key=lambda name: name != replacing):  # what replaces goes first
+            self._merge_one_(adapter_name, safe_merge)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtracts the merged adapters from the base weight: exact up to the rounding of its dtype."""
+        """Takes the merged adapters out of the base weight again.
+
+        Exact up to the rounding of its dtype; bit by bit where an adapter had replaced the weight.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            self._add_to_base_(self.merged_adapters.pop(), -1, safe=False)
+            adapter_name = self.merged_adapters.pop()
+            update = self.update_of(adapter_name)
+            if update is not None and update.replaces and self.unmerged_weight is not None:
+                self.get_base_layer().weight, self.unmerged_weight = self.unmerged_weight, None
+            else:
+                self.base_parameter.sub_(self.get_delta_weight(adapter_name))
 
     def extra_repr(self) -> str:
         return f"adapters={sorted(self.configs)}"
@@ -248,6 +330,11 @@ class SpectralEmbedding(SpectralLinear):
 
     def new_update(self, config: SpectralConfig, r: int) -> SpectralUpdate:
         update = super().new_update(config, r)
+        if not update.takes_indices:
+            raise TypeError(
+                f"Target module {self.key} is an nn.Embedding, on which {type(config).__name__} is not possible. "
+                "Leave it out with `exclude_modules`."
+            )
         update.dropout = nn.Identity()  # indices cannot be dropped; PEFT's LoRA does not drop here either
         return update
 

@@ -1,9 +1,9 @@
-"""The change of one weight by one adapter, as a torch module that knows nothing of PEFT."""
+"""What one adapter makes of one weight, as a torch module that knows nothing of PEFT."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,13 +14,30 @@ from spectral_peft.linalg import SKETCH_SIZE, Factors, sketch
 
 
 class Size(NamedTuple):
-    """What an update is built from: the shape of its weight, its rank, and dtype and device of its parameters."""
+    """What an update is built from: the shape of its weight, its rank, dtype and device of its parameters, and the
+    name of its module, from which an update that draws random numbers seeds them.
+    """
 
     out_features: int
     in_features: int
     r: int
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
+    key: str = ""
+
+    def factor(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Factor:
+        """A zero matrix of this dtype and device."""
+        return Factor(rows, columns, dtype or self.dtype, self.device)
+
+    def diagonal(self, entries: int) -> Diagonal:
+        """A zero diagonal matrix of this dtype and device."""
+        return Diagonal(entries, self.dtype, self.device)
+
+
+def compute_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
+    """The dtype that autocast asks for, or that of the parameter."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
 class Factor(nn.Module):
@@ -64,38 +81,60 @@ class Diagonal(nn.Module):
 
 
 class SpectralUpdate(nn.Module, ABC):
-    """The change ``delta`` (out_features, in_features) of one weight W.
+    """A matrix (out_features, in_features) that changes one weight W, or replaces it.
 
     A subclass creates its `Factor` and `Diagonal` children (all zero) from the shape of W, names in ``trained`` those
-    that an optimizer moves, fills them in `start_`, and computes `forward` and `delta` so that for every x
+    that an optimizer moves, fills them in `start_`, and computes `forward` and `matrix` so that for every x
 
-        update(x) == x @ update.delta().T
+        update(x) == x @ update.matrix().T
 
-    Both are zero at the start: an adapter that was just added leaves the model's function as it is. What is not
-    trained is the frozen start: parameters without gradient, so that FSDP shards them and copies by name find them.
+    With ``replaces`` false, this is added to x @ W.T: the matrix is the change of W, and zero at the start. With
+    ``replaces`` true it stands in the place of x @ W.T, which is then not computed: the matrix is W at the start.
+    Either way an adapter that was just added leaves the model's function as it is. What is not trained is frozen:
+    parameters without gradient, so that FSDP shards them and copies by name find them.
+
+    Where ``takes_indices`` holds, x may also hold the indices of one-hot vectors, as an embedding's input does. An
+    update with a schedule sets ``scheduled`` and does its work in `after_optimizer_step`.
     """
 
     trained: ClassVar[tuple[str, ...]]
+    replaces: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = False
+    takes_indices: ClassVar[bool] = True
 
     fingerprint: Tensor
 
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.r = size.r
+        self.frees_base = False
         self.dropout: nn.Module = nn.Identity()
         self.register_buffer("fingerprint", torch.zeros(2, SKETCH_SIZE, dtype=torch.int32))
 
     @abstractmethod
     def start_(self, factors: Factors) -> None:
-        """Sets the start, in place, from the factors of W that the method asked for; the trained children stay 0."""
+        """Sets the start, in place, from the factors of W that the method asked for."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x @ delta().T without building delta; x is (..., in_features) or integer (...)."""
+        """Returns x @ matrix().T without building the matrix; x is (..., in_features) or integer (...)."""
 
     @abstractmethod
-    def delta(self) -> Tensor:
-        """Returns the change of W, shape (out_features, in_features)."""
+    def matrix(self) -> Tensor:
+        """Returns the change of W, or the weight that replaces W, shape (out_features, in_features)."""
+
+    def before_optimizer_step(self) -> None:
+        """Called before every optimizer step of the trained parameters, if ``scheduled``."""
+
+    def after_optimizer_step(self) -> Iterable[nn.Parameter]:
+        """Called after every optimizer step of the trained parameters, if ``scheduled``.
+
+        Changes data in place: optimizers, DDP and FSDP hold on to the Parameters.
+
+        Returns:
+            The parameters whose optimizer state no longer fits what they hold now.
+        """
+        return ()
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer moves, by their name in the state dict."""
@@ -136,6 +175,6 @@ class SpectralUpdate(nn.Module, ABC):
         self.fingerprint.copy_(torch.stack(rows).view(torch.int32))
 
     def perturb_(self) -> None:
-        """Moves the trained children away from zero: a random change instead of none, for tests."""
+        """Moves the trained parameters at random: a change instead of none, for tests."""
         for _, weight in self.trained_parameters():
-            nn.init.normal_(weight, std=0.1)
+            weight.data.add_(torch.randn_like(weight), alpha=0.1)

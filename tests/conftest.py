@@ -25,6 +25,16 @@ def _seed() -> None:
     torch.manual_seed(int.from_bytes(os.urandom(4), "big") if os.environ.get("UNLOCK_SEED") else 0)
 
 
+@pytest.fixture(params=[method for method in METHODS if method.free_rank], ids=str)
+def free_rank_method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
+@pytest.fixture(params=[method for method in METHODS if method.embeddings], ids=str)
+def embedding_method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
 @pytest.fixture(params=METHODS, ids=str)
 def method(request: pytest.FixtureRequest) -> Method:
     return request.param

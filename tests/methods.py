@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_peft import PiSSAConfig, SpectralConfig, SVFitConfig
+from spectral_peft import PiSSAConfig, SpectralConfig, SSTConfig, SVFitConfig
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,72 @@ class Method:
 
     Attributes:
         config: The configuration class.
+        fields: Fields beside r and target_modules.
         trained: Names of the tensors that train, within the update of a layer.
         start: Names of the frozen tensors; a checkpoint leaves them out with `save_start=False`.
-        delta: The change of the weight from the tensors of an update in float64, as a plain formula.
+        counters: Names of what else a checkpoint holds of a layer.
+        matrix: The change of the weight, or the weight, from the tensors of an update in float64, as a plain formula.
         lr: A learning rate at which five AdamW steps move the function clearly.
+        replaces: Whether `matrix` is the weight itself; the function then starts as the base model's up to rounding.
+        moved: Names of the frozen tensors and counters that a schedule changes.
+        recomputable: Whether `save_start=False` is possible.
+        embeddings: Whether it can be put on an nn.Embedding.
+        free_rank: Whether `r` may be as large as the weight allows.
+        derivative: Fields with which the gradients are the derivatives of the function.
     """
 
     name: str
     config: type[SpectralConfig]
     trained: frozenset[str]
     start: frozenset[str]
-    delta: Callable[[dict[str, Tensor]], Tensor]
+    matrix: Callable[[dict[str, Tensor]], Tensor]
     lr: float
+    fields: tuple[tuple[str, Any], ...] = ()
+    counters: frozenset[str] = frozenset({"fingerprint"})
+    replaces: bool = False
+    moved: frozenset[str] = frozenset()
+    recomputable: bool = True
+    embeddings: bool = True
+    free_rank: bool = True
+    derivative: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, **kwargs: Any) -> SpectralConfig:
-        return self.config(**{"r": 8, "target_modules": "all-linear", **kwargs})
+        return self.config(**{"r": 8, "target_modules": "all-linear", **dict(self.fields), **kwargs})
 
     def __str__(self) -> str:
         return self.name
 
+
+def segmented(t: dict[str, Tensor]) -> Tensor:
+    S = t["S.weight"] + t["dS.weight"]
+    U, Vh = torch.cat([t["U.weight"], t["U_rest.weight"]], 1), torch.cat([t["Vh.weight"], t["Vh_rest.weight"]])
+    return U @ torch.diag(S) @ Vh
+
+
+SST = Method(
+    name="sst",
+    config=SSTConfig,
+    fields=(("steps_per_iteration", 2), ("iterations_per_round", 2), ("warmup_steps", 1)),
+    trained=frozenset({"U.weight", "dS.weight", "Vh.weight"}),
+    start=frozenset({"S.weight", "U_rest.weight", "Vh_rest.weight"}),
+    counters=frozenset({"fingerprint", "step", "order"}),
+    matrix=segmented,
+    moved=frozenset({"S.weight", "U_rest.weight", "Vh_rest.weight", "step", "order"}),
+    lr=1e-2,
+    replaces=True,
+    recomputable=False,
+    embeddings=False,
+    derivative=(("gradient", "default"),),
+)
+POOLED_SST = replace(
+    SST,
+    name="sst-pool",
+    fields=(*SST.fields, ("pool", 12)),
+    start=SST.start | {"U0.weight", "S0.weight", "Vh0.weight"},
+    matrix=lambda t: segmented(t) - t["U0.weight"] @ torch.diag(t["S0.weight"]) @ t["Vh0.weight"],
+    replaces=False,
+    free_rank=False,
+)
 
 METHODS = [
     Method(
@@ -44,7 +91,7 @@ METHODS = [
         config=SVFitConfig,
         trained=frozenset({"dS.weight"}),
         start=frozenset({"U.weight", "S.weight", "Vh.weight"}),
-        delta=lambda t: t["U.weight"] @ torch.diag(t["dS.weight"]) @ t["Vh.weight"],
+        matrix=lambda t: t["U.weight"] @ torch.diag(t["dS.weight"]) @ t["Vh.weight"],
         lr=1e-1,
     ),
     Method(
@@ -52,9 +99,11 @@ METHODS = [
         config=PiSSAConfig,
         trained=frozenset({"dA.weight", "dB.weight"}),
         start=frozenset({"A0.weight", "B0.weight"}),
-        delta=lambda t: (
+        matrix=lambda t: (
             (t["B0.weight"] + t["dB.weight"]) @ (t["A0.weight"] + t["dA.weight"]) - t["B0.weight"] @ t["A0.weight"]
         ),
         lr=1e-2,
     ),
+    SST,
+    POOLED_SST,
 ]

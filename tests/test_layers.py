@@ -58,20 +58,29 @@ def adapted_names(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("name", ["embed", "up", "conv1d"])
 def test_every_kind_of_layer_computes_its_merged_weight(method: Method, name: str) -> None:
+    if name == "embed" and not method.embeddings:
+        with pytest.raises(TypeError, match=r"embed is an nn\.Embedding, on which"):
+            get_peft_model(tower(), method(r=4, target_modules=[name]))
+        return
     model = get_peft_model(tower(), method(r=4, target_modules=[name]))
     for update in updates(model):
         for _, parameter in update.trained_parameters():
-            parameter.data.normal_(std=0.3)
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
     expected = model(IDS)
     assert (expected - tower()(IDS)).abs().max() > 0.01
     layer = next(layers(model))
-    delta = method.delta(tensors(layer.update_of("default")))
-    weight = layer.get_base_weight()
-    delta = delta if delta.shape == weight.shape and name == "up" else delta.T
+    weight = layer.effective_weight().double()
+    delta = method.matrix(tensors(layer.update_of("default"))) - (weight if method.replaces else 0)
+    delta = delta if name == "up" else delta.T
     torch.testing.assert_close(layer.get_delta_weight("default").double(), delta, rtol=FUNCTION, atol=FUNCTION)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged.get_submodule(name).weight.double(), tower().get_submodule(name).weight + delta)
     torch.testing.assert_close(merged(IDS), expected, rtol=FUNCTION, atol=FUNCTION)
+
+
+def test_indices_are_never_dropped(embedding_method: Method) -> None:
+    model = get_peft_model(tower(), embedding_method(r=4, target_modules=["embed"], dropout=0.5)).train()
+    assert torch.equal(model.embed(IDS), tower().embed(IDS))
 
 
 def test_conv1d_is_found_by_all_linear_without_a_flag(method: Method) -> None:
@@ -80,8 +89,8 @@ def test_conv1d_is_found_by_all_linear_without_a_flag(method: Method) -> None:
     assert sum(1 for _ in layers(model)) == 8
 
 
-def test_an_embedding_scale_scales_the_update(method: Method) -> None:
-    model = get_peft_model(tower(), method(r=4, target_modules=["embed"]))
+def test_an_embedding_scale_scales_the_update(embedding_method: Method) -> None:
+    model = get_peft_model(tower(), embedding_method(r=4, target_modules=["embed"]))
     layer = next(layers(model))
     assert isinstance(layer, SpectralEmbedding)
     layer.base_layer.embed_scale = 3.0
@@ -198,31 +207,31 @@ def ranks(model: nn.Module) -> dict[str, int]:
     return {layer.key.rpartition(".")[2]: layer.update_of("default").r for layer in layers(model)}
 
 
-def test_rank_pattern_and_fractions(method: Method) -> None:
-    model = get_peft_model(llama(), method(r=0.25, rank_pattern={"q_proj": 3, "mlp.*_proj": 0.5}))
+def test_rank_pattern_and_fractions(free_rank_method: Method) -> None:
+    model = get_peft_model(llama(), free_rank_method(r=0.25, rank_pattern={"q_proj": 3, "mlp.*_proj": 0.5}))
     assert ranks(model) == {
         "q_proj": 3, "k_proj": 4, "v_proj": 4, "o_proj": 8, "gate_proj": 16, "up_proj": 16, "down_proj": 16,
     }  # fmt: skip
 
 
-def test_an_energy_is_the_smallest_rank_that_holds_it(method: Method, tmp_path: Path) -> None:
-    model = get_peft_model(llama(), method(r="energy=0.8"))
+def test_an_energy_is_the_smallest_rank_that_holds_it(free_rank_method: Method, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), free_rank_method(r="energy=0.8"))
     for layer in layers(model):
         energy = torch.linalg.svdvals(layer.get_base_weight()).double().square()
         held = energy.cumsum(0) / energy.sum()
         r = layer.update_of("default").r
         assert held[r - 1] >= 0.8 > (held[r - 2] if r > 1 else 0)
-    train_(model, method.lr)
+    train_(model, free_rank_method.lr)
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(logits(reloaded), logits(model))
     assert len(reloaded.peft_config["default"].rank_pattern) == 14
 
 
-def test_a_rank_beyond_the_weight_is_clamped_with_one_warning(method: Method) -> None:
+def test_a_rank_beyond_the_weight_is_clamped_with_one_warning(free_rank_method: Method) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = get_peft_model(llama(), method(r=20))
+        model = get_peft_model(llama(), free_rank_method(r=20))
     messages = [str(warning.message) for warning in caught if "clamped" in str(warning.message)]
     assert len(messages) == 1
     assert "of 4 modules" in messages[0]
@@ -240,6 +249,10 @@ def test_it_wraps_a_layer_of_another_peft_method(method: Method) -> None:
     model = llama()
     model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
     with_lora = logits(model)
+    if method.replaces:
+        with pytest.raises(TypeError, match="already has an adapter of another PEFT method"):
+            model.add_adapter(method(target_modules=["q_proj"]), "spectral")
+        return
     model.add_adapter(method(target_modules=["q_proj"]), "spectral")
     model.set_adapter(["lora", "spectral"])
     assert torch.equal(logits(model), with_lora)

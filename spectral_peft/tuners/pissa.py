@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_peft.config import SpectralConfig
 from spectral_peft.linalg import Factors
 from spectral_peft.model import register
-from spectral_peft.update import Factor, Size, SpectralUpdate
+from spectral_peft.update import Size, SpectralUpdate
 
 
 class PiSSA(SpectralUpdate):
@@ -32,12 +32,12 @@ class PiSSA(SpectralUpdate):
 
     def __init__(self, size: Size, *, scaling: float) -> None:
         super().__init__(size)
-        m, n, r, dtype, device = size
+        m, n, r = size[:3]
         self.scaling = scaling
-        self.A0 = Factor(r, n, dtype, device)
-        self.B0 = Factor(m, r, dtype, device)
-        self.dA = Factor(r, n, dtype, device)
-        self.dB = Factor(m, r, dtype, device)
+        self.A0 = size.factor(r, n)
+        self.B0 = size.factor(m, r)
+        self.dA = size.factor(r, n)
+        self.dB = size.factor(m, r)
 
     @torch.no_grad()
     def start_(self, factors: Factors) -> None:
@@ -53,7 +53,7 @@ class PiSSA(SpectralUpdate):
         change: Tensor = self.dB(self.A0(x) + dAx) + self.B0(dAx)
         return change * self.scaling
 
-    def delta(self) -> Tensor:
+    def matrix(self) -> Tensor:
         A = self.A0.weight + self.dA.weight
         return (self.dB.weight @ A + self.B0.weight @ self.dA.weight) * self.scaling
 

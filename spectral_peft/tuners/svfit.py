@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_peft.config import SpectralConfig
 from spectral_peft.linalg import Factors
 from spectral_peft.model import register
-from spectral_peft.update import Diagonal, Factor, Size, SpectralUpdate
+from spectral_peft.update import Size, SpectralUpdate
 
 
 class SVFit(SpectralUpdate):
@@ -25,11 +25,11 @@ class SVFit(SpectralUpdate):
 
     def __init__(self, size: Size) -> None:
         super().__init__(size)
-        m, n, r, dtype, device = size
-        self.U = Factor(m, r, dtype, device)
-        self.S = Diagonal(r, dtype, device)
-        self.Vh = Factor(r, n, dtype, device)
-        self.dS = Diagonal(r, dtype, device)
+        m, n, r = size[:3]
+        self.U = size.factor(m, r)
+        self.S = size.diagonal(r)
+        self.Vh = size.factor(r, n)
+        self.dS = size.diagonal(r)
 
     @torch.no_grad()
     def start_(self, factors: Factors) -> None:
@@ -41,7 +41,7 @@ class SVFit(SpectralUpdate):
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.dS(self.Vh(self.dropout(x))))
 
-    def delta(self) -> Tensor:
+    def matrix(self) -> Tensor:
         return (self.U.weight * self.dS.weight) @ self.Vh.weight
 
 

@@ -20,7 +20,7 @@ def test_the_adapted_weight_has_the_trained_singular_values_and_the_old_vectors(
     dS = torch.rand(6, dtype=torch.float64)
     update.dS.weight.data.copy_(dS)
     expected = torch.cat([S[:6] + dS, S[6:]])
-    rotated = U.T @ (W + update.delta()) @ Vh.T
+    rotated = U.T @ (W + update.matrix()) @ Vh.T
     torch.testing.assert_close(rotated, torch.diag(expected), atol=tolerance(torch.float64, 24), rtol=0)
 
 

@@ -1,0 +1,63 @@
+"""The after-step engine: one spectral step after every optimizer step, wherever the optimizer is stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from spectral_peft.update import SpectralUpdate
+
+
+_driven: WeakSet[SpectralUpdate] = WeakSet()
+
+
+def drive(updates: Iterable[SpectralUpdate]) -> None:
+    """Gives these updates their spectral step after every step of the optimizer that holds their parameters.
+
+    Through torch's global optimizer hooks, so that Trainer, TRL, accelerate and bare loops need no code for it, and
+    steps that a GradScaler skips are not counted.
+    """
+    _driven.update(update for update in updates if update.scheduled)
+
+
+def steps_of(optimizer: Optimizer) -> Iterator[SpectralUpdate]:
+    """The driven updates whose parameters this optimizer moves."""
+    if not _driven:
+        return
+    held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+    for update in list(_driven):
+        first = next((value for _, value in update.trained_parameters()), None)
+        if first is not None and first.requires_grad and id(first) in held:
+            yield update
+
+
+@torch.no_grad()
+def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Sets the optimizer state of these parameters to zero in place: moments, and Adam's count of steps."""
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, (int, float)):
+                state[name] = type(value)(0)
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for update in steps_of(optimizer):
+        update.before_optimizer_step()
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for update in steps_of(optimizer):
+        reset_state(optimizer, update.after_optimizer_step())
+
+
+register_optimizer_step_pre_hook(_before)
+register_optimizer_step_post_hook(_after)

@@ -1,0 +1,337 @@
+"""SST (Zhao et al., ICML 2025, arXiv 2405.15481): train all singular values and a few sampled singular vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectral_peft.config import SpectralConfig
+from spectral_peft.enhanced_gradient import segmented_product
+from spectral_peft.errors import SpectralError
+from spectral_peft.linalg import Factors, svd
+from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
+from spectral_peft.model import register
+from spectral_peft.update import Size, SpectralUpdate, compute_dtype
+
+
+SAMPLING = (*PROBABILITIES, "sequential", "top")
+
+
+class Schedule(NamedTuple):
+    """When SST does what, counted in optimizer steps.
+
+    Attributes:
+        steps_per_iteration: Steps with the same trained vectors.
+        iterations_per_round: Iterations from one SVD of the weight to the next.
+        warmup_steps: Length of the linear warm-up of the learning rate after every change of the trained vectors.
+    """
+
+    steps_per_iteration: int
+    iterations_per_round: int
+    warmup_steps: int
+
+    def is_swap(self, step: int) -> bool:
+        """Whether an iteration ends with this step."""
+        return step % self.steps_per_iteration == 0
+
+    def is_svd(self, step: int) -> bool:
+        """Whether a round ends with this step."""
+        return step % (self.steps_per_iteration * self.iterations_per_round) == 0
+
+    def warmup(self, step: int) -> float:
+        """The factor on the learning rate of the step that follows `step` finished ones."""
+        return min(1.0, (step % self.steps_per_iteration + 1) / (self.warmup_steps + 1))
+
+
+class SST(SpectralUpdate):
+    """W = U diag(S) Vh with all k = min(m, n) triplets, in place of the base weight.
+
+    All singular values S + dS train at every step and are clamped at 0. Of the vectors, r pairs train at a time: U
+    (m, r) and Vh (r, n); after a step each is normalized. The others are frozen in U_rest and Vh_rest. After
+    `steps_per_iteration` optimizer steps other pairs are drawn and swapped in, the optimizer state of U, dS and Vh is
+    reset, and the learning rate warms up again; after `iterations_per_round` of these, W is decomposed anew, which
+    makes the vectors orthonormal again and leaves W as it is.
+
+    Chosen where the paper's text is open: one draw for both sides of a matrix; normalizing changes W by the dropped
+    norms, as in the paper; the SVD of W takes place before the draw that follows it.
+
+    The triplets lie in slots, the trained ones first; `order` says which triplet of the last SVD lies in which slot.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("U", "dS", "Vh")
+    replaces: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = True
+    takes_indices: ClassVar[bool] = False
+
+    step: Tensor
+    order: Tensor
+
+    def __init__(
+        self, size: Size, k: int, schedule: Schedule, *, sampling: str, enhanced: bool, seed: int, rest: torch.dtype
+    ) -> None:
+        super().__init__(size)
+        m, n, r = size[:3]
+        self.schedule, self.sampling, self.enhanced = schedule, sampling, enhanced
+        self.seed = f"{seed} {size.key}"
+        self.U = size.factor(m, r)
+        self.Vh = size.factor(r, n)
+        self.S = size.diagonal(k)
+        self.dS = size.diagonal(k)
+        self.U_rest = size.factor(m, k - r, rest)
+        self.Vh_rest = size.factor(k - r, n, rest)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("order", torch.arange(k))
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def start_(self, factors: Factors) -> None:
+        self.step.zero_()
+        self._take(factors)
+        self._swap(self._next(0))
+
+    # The function
+
+    def singular_values(self) -> Tensor:  # shape: (k,)
+        """The singular values as they are now, by slot."""
+        return self.S.weight + self.dS.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return segmented_product(
+            self.dropout(x),
+            self.U.weight,
+            self.singular_values(),
+            self.Vh.weight,
+            self.U_rest.weight,
+            self.Vh_rest.weight,
+            enhanced=self.enhanced,
+            dtype=compute_dtype(x, self.U.weight),
+        )
+
+    def factors(self) -> Factors:
+        """All triplets by slot, in the dtype of the trained ones."""
+        U, Vh = self.U.weight, self.Vh.weight
+        return Factors(
+            torch.cat([U, self.U_rest.weight.to(U.dtype)], dim=1),
+            self.singular_values(),
+            torch.cat([Vh, self.Vh_rest.weight.to(Vh.dtype)]),
+        )
+
+    def matrix(self) -> Tensor:
+        return self.factors().matrix()
+
+    # The schedule
+
+    @torch.no_grad()
+    def before_optimizer_step(self) -> None:
+        warm = self.schedule.warmup(int(self.step)) == 1
+        self._before = [] if warm else [value.detach().clone() for _, value in self.trained_parameters()]
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> Iterable[nn.Parameter]:
+        """Blends, clamps, normalizes; at the end of an iteration swaps, at the end of a round decomposes first.
+
+        Raises:
+            SpectralError: NaN or Inf in a singular value or a trained vector, before anything is swapped.
+        """
+        # An optimizer's step is proportional to its learning rate: taking a part of the step is taking it at a part of
+        # the rate, whatever a scheduler sets the rate to.
+        part = self.schedule.warmup(int(self.step))
+        for before, (_, value) in zip(self._before, self.trained_parameters(), strict=False):
+            value.copy_(torch.lerp(before, value, part))
+        self._before = []
+        self.dS.weight.copy_(self.dS.weight.maximum(-self.S.weight))
+        self.U.weight.copy_(F.normalize(self.U.weight, dim=0))
+        self.Vh.weight.copy_(F.normalize(self.Vh.weight, dim=1))
+        self.step += 1
+        step = int(self.step)
+        if not self.schedule.is_swap(step):
+            return ()
+        self._refuse_non_finite()
+        if self.schedule.is_svd(step):
+            self._take(self._decomposed())
+        self._swap(self._next(step // self.schedule.steps_per_iteration))
+        return [value for _, value in self.trained_parameters()]
+
+    def _refuse_non_finite(self) -> None:
+        for name, value in self.trained_parameters():
+            if not torch.isfinite(value).all():
+                raise SpectralError(
+                    f"{name} of {self.seed.partition(' ')[2]} holds NaN or Inf after {int(self.step)} steps: the "
+                    "training has diverged. Lower the learning rate, or clip gradients."
+                )
+
+    def _decomposed(self) -> Factors:
+        """The SVD of W from that of its k x k core, where the vectors span fewer dimensions than W has."""
+        U, S, Vh = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in self.factors())
+        if len(S) == min(len(U), Vh.shape[1]):
+            return svd((U * S) @ Vh)
+        (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(U), torch.linalg.qr(Vh.mT)
+        core = svd((R_left * S) @ R_right.mT)
+        return Factors(Q_left @ core.U, core.S, core.Vh @ Q_right.mT)
+
+    @torch.no_grad()
+    def _take(self, factors: Factors) -> None:
+        """Puts triplets into the slots in their own order."""
+        r = self.r
+        self.U.weight.copy_(factors.U[:, :r])
+        self.U_rest.weight.copy_(factors.U[:, r:])
+        self.Vh.weight.copy_(factors.Vh[:r])
+        self.Vh_rest.weight.copy_(factors.Vh[r:])
+        self.S.weight.copy_(factors.S)
+        self.dS.weight.zero_()
+        self.order.copy_(torch.arange(len(self.order)))
+
+    def _next(self, iteration: int) -> Tensor:  # shape: (r,)
+        """The triplets, by their number in the last SVD, whose vectors train in this iteration."""
+        S = torch.empty_like(self.S.weight).index_copy(0, self.order, self.singular_values())
+        if self.sampling == "sequential":
+            return in_turn(len(S), self.r, iteration % self.schedule.iterations_per_round)
+        if self.sampling == "top":
+            return top(S, self.r)
+        digest = hashlib.sha256(f"{self.seed} {iteration}".encode()).digest()
+        return draw(PROBABILITIES[self.sampling](S), self.r, int.from_bytes(digest[:7], "big"))
+
+    @torch.no_grad()
+    def _swap(self, chosen: Tensor) -> None:
+        """Exchanges the trained triplets that were not chosen for the chosen ones that are not trained yet."""
+        device, r = self.order.device, self.r
+        wanted = torch.isin(self.order, chosen.to(device))
+        leaving, coming = (~wanted[:r]).nonzero().squeeze(1), wanted[r:].nonzero().squeeze(1)
+        U, U_rest = self.U.weight, self.U_rest.weight
+        U[:, leaving], U_rest[:, coming] = U_rest[:, coming].to(U.dtype), U[:, leaving].to(U_rest.dtype)
+        Vh, Vh_rest = self.Vh.weight, self.Vh_rest.weight
+        Vh[leaving], Vh_rest[coming] = Vh_rest[coming].to(Vh.dtype), Vh[leaving].to(Vh_rest.dtype)
+        for values in (self.S.weight, self.dS.weight, self.order):
+            values[leaving], values[r + coming] = values[r + coming], values[leaving]
+
+
+class PooledSST(SST):
+    """SST on the K leading triplets of W alone, added to the base weight: U diag(S) Vh - U0 diag(S0) Vh0.
+
+    The difference is computed in float32 also under autocast: in bfloat16 the error of the two products would be
+    relative to the pool, not to its change. The pool is thin, so this costs little.
+    """
+
+    replaces: ClassVar[bool] = False
+
+    def __init__(self, size: Size, k: int, schedule: Schedule, **kwargs: object) -> None:
+        super().__init__(size, k, schedule, **kwargs)  # type: ignore[arg-type]
+        m, n, _ = size[:3]
+        self.U0 = size.factor(m, k)
+        self.S0 = size.diagonal(k)
+        self.Vh0 = size.factor(k, n)
+
+    @torch.no_grad()
+    def start_(self, factors: Factors) -> None:
+        super().start_(factors)
+        U, S, Vh = self.factors()  # in the order of the slots, so that the difference starts as exactly zero
+        self.U0.weight.copy_(U)
+        self.S0.weight.copy_(S)
+        self.Vh0.weight.copy_(Vh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        U, S, Vh = self.factors()
+        x = self.dropout(x).to(U.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            # All of the pool in one segment: the same operations as for the start, so that they cancel exactly.
+            now = segmented_product(x, U, S, Vh, U[:, :0], Vh[:0], enhanced=self.enhanced, dtype=U.dtype)
+            return now - self.U0(self.S0(self.Vh0(x)))
+
+    def matrix(self) -> Tensor:
+        return super().matrix() - (self.U0.weight * self.S0.weight) @ self.Vh0.weight
+
+
+@register
+@dataclass
+class SSTConfig(SpectralConfig):
+    """Configuration of SST (Zhao et al., ICML 2025, arXiv 2405.15481).
+
+    Args:
+        r: Number of singular vector pairs per weight that train at a time.
+        pool: None trains all min(out_features, in_features) triplets in place of the base weight. An integer K trains
+            within the K leading ones, added to the base weight: for fine-tuning, with the memory of LoRA of rank K.
+        steps_per_iteration: Optimizer steps between changes of the trained vectors.
+        iterations_per_round: Iterations between SVDs of the weight; None means ceil(k / r), k the number of triplets.
+        warmup_steps: Optimizer steps of linear warm-up after every change of the trained vectors.
+        sampling: "mixture": p_i = (1/k + S_i / sum S) / 2, as in the paper; or "uniform", "singular_values",
+            "sequential", "top".
+        gradient: "enhanced", as in the paper, or "default": the derivative.
+        init: "svd": the triplets of the weight; "random": random orthonormal vectors with the singular values of the
+            weight (an ablation: the function is not kept).
+        keep_base_weight: Whether the base weight stays in memory, unused, so that `disable_adapter`, `unload` and
+            other adapters work. False frees it. Without a pool only; a pool never touches it.
+        frozen_dtype: None, or "bfloat16": the dtype of the vectors that do not train.
+        seed: Seed of the draws.
+            Further fields are those of `SpectralConfig`.
+    """
+
+    method: ClassVar[str] = "sst"
+
+    pool: int | None = field(default=None, metadata={"help": "Train within this many leading triplets, additively."})
+    steps_per_iteration: int = field(default=200, metadata={"help": "Optimizer steps between swaps of vectors."})
+    iterations_per_round: int | None = field(default=None, metadata={"help": "Iterations between SVDs; ceil(k / r)."})
+    warmup_steps: int = field(default=20, metadata={"help": "Optimizer steps of warm-up after every swap."})
+    sampling: str = field(default="mixture", metadata={"help": f"How vectors are drawn: {', '.join(SAMPLING)}."})
+    gradient: str = field(default="enhanced", metadata={"help": "'enhanced' or 'default'."})
+    init: str = field(default="svd", metadata={"help": "'svd', or 'random' for an ablation."})
+    keep_base_weight: bool = field(default=True, metadata={"help": "False frees the base weight that SST replaces."})
+    frozen_dtype: str | None = field(default=None, metadata={"help": "None or 'bfloat16'."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws."})
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        choices = {
+            "sampling": SAMPLING,
+            "gradient": ("enhanced", "default"),
+            "init": ("svd", "random"),
+            "frozen_dtype": (None, "bfloat16"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        for name, least in (("steps_per_iteration", 1), ("iterations_per_round", 1), ("warmup_steps", 0), ("pool", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` should be at least {least}, got {value}.")
+        if self.pool is not None and isinstance(self.r, int) and self.r > self.pool:
+            raise ValueError(f"`r` should be at most `pool` ({self.pool}), got {self.r}.")
+        if not self.save_start:
+            raise ValueError("`save_start` should be True: the vectors of SST change, they cannot be recomputed.")
+
+    def _triplets(self, m: int, n: int) -> int:
+        return min(m, n, self.pool or m)
+
+    def decompose(self, weight: Tensor, r: int) -> Factors:
+        factors = super().decompose(weight, self._triplets(*weight.shape))
+        return _scrambled(factors) if self.init == "random" else factors
+
+    def build(self, size: Size) -> SST:
+        k = self._triplets(size.out_features, size.in_features)
+        size = size._replace(r=min(size.r, k))
+        iterations = self.iterations_per_round or math.ceil(k / size.r)
+        update = (SST if self.pool is None else PooledSST)(
+            size,
+            k,
+            Schedule(self.steps_per_iteration, iterations, self.warmup_steps),
+            sampling=self.sampling,
+            enhanced=self.gradient == "enhanced",
+            seed=self.seed,
+            rest=torch.bfloat16 if self.frozen_dtype else size.dtype,
+        )
+        update.frees_base = update.replaces and not self.keep_base_weight
+        return update
+
+
+def _scrambled(factors: Factors) -> Factors:
+    """The same singular values with random orthonormal vectors."""
+    generator = torch.Generator().manual_seed(0)
+    U, Vh = (torch.randn(value.shape, generator=generator).to(value) for value in (factors.U, factors.Vh))
+    return Factors(torch.linalg.qr(U).Q, factors.S, torch.linalg.qr(Vh.mT).Q.mT)

@@ -1,0 +1,260 @@
+"""SST's own invariants: its gradients, its schedule, and what a swap and a new SVD leave alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from spectral_peft import SST, Size, SpectralError, SSTConfig
+from spectral_peft.linalg import orthonormality_error
+from tests.models import batch, layers, llama, train_, trainable, updates
+from tests.tolerance import tolerance
+
+
+def sst(weight: Tensor, r: int = 4, **fields: object) -> SST:
+    """SST on one weight, and never a swap unless `fields` say so."""
+    config = SSTConfig(r=r, svd="exact", **{"steps_per_iteration": 1000, "warmup_steps": 0, **fields})
+    update = config.build(Size(*weight.shape, r, weight.dtype, key="layer"))
+    update.start_(config.decompose(weight, r))
+    update.freeze_start_()
+    return update
+
+
+def step(update: SST, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    """One optimizer step on a loss whose gradient is not symmetric in anything."""
+    (update(x) ** 2 * torch.arange(1, update.U.weight.shape[0] + 1)).mean().backward()
+    update.before_optimizer_step()
+    optimizer.step()
+    for parameter in update.after_optimizer_step():
+        optimizer.state.pop(parameter, None)
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)])
+@pytest.mark.parametrize("gradient", ["enhanced", "default"])
+def test_gradients_are_projections_of_the_dense_gradient(shape: tuple[int, int], gradient: str) -> None:
+    W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, shape[1], dtype=torch.float64, requires_grad=True)
+    update, g = sst(W.detach(), gradient=gradient), torch.randn(7, shape[0], dtype=torch.float64)
+    (x @ W.T).backward(g)
+    G, dx = W.grad, x.grad.clone()
+    x.grad = None
+    update(x).backward(g)
+    U, S, Vh = update.factors()
+    r, S = update.r, S.detach()
+    scale = torch.ones(r, dtype=torch.float64) if gradient == "enhanced" else S[:r]
+    torch.testing.assert_close(update.U.weight.grad, G @ Vh[:r].T * scale)
+    torch.testing.assert_close(update.Vh.weight.grad, (G.T @ U[:, :r] * scale).T)
+    torch.testing.assert_close(update.dS.weight.grad, torch.diag(U.T @ G @ Vh.T))
+    torch.testing.assert_close(x.grad, dx)
+
+
+def test_no_gradient_is_computed_that_nobody_asked_for() -> None:
+    update, x = sst(torch.randn(8, 8)), torch.randn(3, 8)
+    update.U.weight.requires_grad_(False)
+    update(x).sum().backward()
+    assert update.U.weight.grad is None
+    assert update.Vh.weight.grad is not None
+    assert x.grad is None
+
+
+def test_values_are_clamped_and_vectors_normalized_after_a_step() -> None:
+    update = sst(torch.randn(12, 10))
+    optimizer = torch.optim.AdamW([value for value in update.parameters() if value.requires_grad], lr=0.5)
+    for _ in range(20):
+        step(update, optimizer, torch.randn(5, 10))
+    assert (update.singular_values() >= 0).all()
+    assert (update.singular_values() == 0).any()
+    torch.testing.assert_close(update.U.weight.norm(dim=0), torch.ones(4))
+    torch.testing.assert_close(update.Vh.weight.norm(dim=1), torch.ones(4))
+
+
+def test_frozen_vectors_stay_bit_by_bit_within_an_iteration() -> None:
+    update = sst(torch.randn(12, 10), steps_per_iteration=4)
+    optimizer = torch.optim.AdamW([value for value in update.parameters() if value.requires_grad], lr=0.1)
+    for expected_change in (False, False, False, True):
+        before = copy.deepcopy(update.state_dict())
+        step(update, optimizer, torch.randn(5, 10))
+        for name in ("U_rest.weight", "Vh_rest.weight", "order"):
+            assert torch.equal(update.state_dict()[name], before[name]) is not expected_change
+
+
+def test_a_swap_exchanges_triplets_and_keeps_the_weight() -> None:
+    update = sst(torch.randn(12, 10, dtype=torch.float64))
+    before, order = update.matrix(), update.order.clone()
+    triplets = {int(i): update.factors().U[:, slot].clone() for slot, i in enumerate(update.order)}
+    update._swap(torch.tensor([9, 1, 7, 3]))
+    assert sorted(update.order[:4].tolist()) == [1, 3, 7, 9]
+    assert sorted(update.order.tolist()) == sorted(order.tolist())
+    assert all(torch.equal(update.factors().U[:, slot], triplets[int(i)]) for slot, i in enumerate(update.order))
+    torch.testing.assert_close(update.matrix(), before, rtol=0, atol=tolerance(torch.float64, 12))
+
+
+@pytest.mark.parametrize("pool", [None, 6])
+def test_a_new_svd_keeps_the_weight_and_makes_the_vectors_orthonormal(pool: int | None) -> None:
+    update = sst(torch.randn(12, 10, dtype=torch.float64), pool=pool)
+    optimizer = torch.optim.AdamW([value for value in update.parameters() if value.requires_grad], lr=0.05)
+    for _ in range(20):
+        step(update, optimizer, torch.randn(5, 10, dtype=torch.float64))
+    drifted, before = update.factors(), update.matrix()
+    assert orthonormality_error(drifted.U) > 1e-2
+    update._take(update._decomposed())
+    torch.testing.assert_close(update.matrix(), before, rtol=0, atol=tolerance(torch.float64, 120))
+    assert orthonormality_error(update.factors().U) < tolerance(torch.float64, 12)
+    assert orthonormality_error(update.factors().Vh.mT) < tolerance(torch.float64, 12)
+    assert not update.dS.weight.any()
+
+
+def test_a_round_visits_the_svd_after_its_iterations() -> None:
+    update = sst(torch.randn(12, 10), steps_per_iteration=2, iterations_per_round=3)
+    optimizer = torch.optim.SGD([value for value in update.parameters() if value.requires_grad], lr=0.01)
+    svds = []
+    for number in range(1, 13):
+        step(update, optimizer, torch.randn(5, 10))
+        if not update.dS.weight.any():
+            svds.append(number)
+    assert svds == [6, 12]
+
+
+def test_the_warm_up_multiplies_the_learning_rate() -> None:
+    """Plain SGD on a fixed gradient: what S moves by is the rate that was in force."""
+    update = sst(torch.eye(8), steps_per_iteration=6, warmup_steps=3)
+    moved = []
+    for outer in (1.0, 0.5) * 6:
+        before = update.singular_values().detach().sum()
+        update.dS.weight.grad = -torch.ones_like(update.dS.weight)
+        optimizer = torch.optim.SGD([update.dS.weight], lr=1e-3 * outer)
+        update.before_optimizer_step()
+        optimizer.step()
+        update.after_optimizer_step()
+        moved.append(float(update.singular_values().detach().sum() - before) / (8e-3 * outer))
+    expected = [0.25, 0.5, 0.75, 1, 1, 1] * 2
+    assert moved == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["dS", "U", "Vh"])
+def test_a_diverged_run_is_said_before_anything_is_swapped(name: str) -> None:
+    update = sst(torch.randn(8, 8), steps_per_iteration=1)
+    update.get_submodule(name).weight.data.view(-1)[0] = float("nan")
+    order = update.order.clone()
+    with pytest.raises(SpectralError, match=f"{name}.weight of layer holds NaN or Inf after 1 steps"):
+        update.after_optimizer_step()
+    assert torch.equal(update.order, order)
+
+
+@pytest.mark.parametrize("sampling", ["mixture", "uniform", "singular_values", "sequential", "top"])
+def test_draws_depend_on_nothing_but_the_adapter_s_own_seed(sampling: str) -> None:
+    W = torch.randn(20, 20)
+    torch.manual_seed(1)
+    one = [sst(W, sampling=sampling)._next(i) for i in range(5)]
+    torch.manual_seed(2)
+    other = [sst(W, sampling=sampling)._next(i) for i in range(5)]
+    assert all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+    assert all(len(set(chosen.tolist())) == 4 for chosen in one)
+    if sampling == "sequential":
+        assert sorted(torch.cat(one).tolist()) == list(range(20))
+    if sampling == "top":
+        assert all(chosen.tolist() == [0, 1, 2, 3] for chosen in one)
+
+
+def test_layers_and_seeds_draw_differently() -> None:
+    W = torch.randn(64, 64)
+    update = sst(W)
+    assert not torch.equal(update._next(1), update._next(2))
+    assert not torch.equal(update._next(1), sst(W, seed=1)._next(1))
+
+
+def test_random_init_keeps_the_singular_values_only() -> None:
+    W = torch.randn(12, 10)
+    update = sst(W, init="random")
+    torch.testing.assert_close(torch.linalg.svdvals(update.matrix()), torch.linalg.svdvals(W))
+    assert (update.matrix() - W).norm() > W.norm() / 2
+
+
+def test_frozen_vectors_can_be_held_in_bfloat16() -> None:
+    W = torch.randn(32, 32)
+    update = sst(W, frozen_dtype="bfloat16")
+    assert {update.U_rest.weight.dtype, update.Vh_rest.weight.dtype} == {torch.bfloat16}
+    assert update.U.weight.dtype == torch.float32
+    error = (update.matrix() - W).norm() / W.norm()
+    assert 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps_per_iteration": 0}, "`steps_per_iteration` should be at least 1, got 0"),
+        ({"iterations_per_round": 0}, "`iterations_per_round` should be at least 1"),
+        ({"warmup_steps": -1}, "`warmup_steps` should be at least 0"),
+        ({"pool": 0}, "`pool` should be at least 1"),
+        ({"r": 16, "pool": 8}, r"`r` should be at most `pool` \(8\), got 16"),
+        ({"sampling": "random"}, "`sampling` should be one of 'mixture'"),
+        ({"gradient": "natural"}, "`gradient` should be one of 'enhanced', 'default'"),
+        ({"init": "zero"}, "`init` should be one of 'svd', 'random'"),
+        ({"frozen_dtype": "int8"}, "`frozen_dtype` should be one of None, 'bfloat16'"),
+        ({"save_start": False}, "`save_start` should be True"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SSTConfig(**fields)
+
+
+def test_a_freed_base_weight_is_named_where_it_is_needed() -> None:
+    model = get_peft_model(llama(), SSTConfig(r=4, target_modules="all-linear", keep_base_weight=False))
+    kept = get_peft_model(llama(), SSTConfig(r=4, target_modules="all-linear"))
+    stored = [sum(value.numel() for value in each.parameters()) for each in (model, kept)]
+    assert stored[1] - stored[0] == sum(update.matrix().numel() for update in updates(model))
+    train_(model, lr=1e-2)
+    with pytest.raises(SpectralError, match="keep_base_weight=True"), model.disable_adapter():
+        model(batch())
+    with pytest.raises(SpectralError, match="keep_base_weight=True"):
+        next(layers(model)).get_delta_weight("default")
+    expected = model.eval()(batch()).logits
+    merged = model.merge_and_unload()
+    rounding = tolerance(torch.float32, 32)
+    torch.testing.assert_close(merged(batch()).logits, expected, rtol=rounding, atol=rounding)
+
+
+def test_trained_parameters_in_the_paper_s_terms() -> None:
+    """251,051,008 of LLaMA-1.3B (2048, 5461, 24 layers, 32,000 tokens, untied) train at r = 128, all else in full."""
+    config, meta = SSTConfig(r=128), torch.device("meta")
+    shapes = [(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]
+    counts = []
+    for m, n in shapes:
+        update = config.build(Size(m, n, 128, device=meta))
+        counts.append(sum(value.numel() for _, value in update.trained_parameters()))
+        assert counts[-1] == 128 * (m + n) + min(m, n)
+    rest = 2 * 32_000 * 2048 + (2 * 24 + 1) * 2048
+    assert 24 * sum(counts) + rest == 251_051_008
+
+
+def test_everything_else_can_train_too() -> None:
+    model = get_peft_model(
+        llama(), SSTConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head", "norm"])
+    )
+    names = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert any("embed_tokens" in name for name in names)
+    assert any("lm_head" in name for name in names)
+    assert len(trainable(model)) > 3 * 14
+
+
+def test_optimizer_state_of_what_was_swapped_is_reset() -> None:
+    model = get_peft_model(llama(), SSTConfig(r=4, target_modules="all-linear", steps_per_iteration=3))
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    train_(model, lr=0, steps=2, optimizer=optimizer)
+    assert all(int(state["step"]) == 2 for state in optimizer.state.values())
+    train_(model, lr=0, steps=1, optimizer=optimizer)
+    for state in optimizer.state.values():
+        assert int(state["step"]) == 0
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+    assert len(optimizer.state) == 3 * 14
+
+
+def test_it_is_a_module_of_plain_parameters() -> None:
+    assert isinstance(sst(torch.randn(4, 4)), nn.Module)
