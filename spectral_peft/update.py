@@ -163,8 +163,9 @@ class SpectralUpdate(nn.Module, ABC):
         return not self.is_meta and any(bool(weight.any()) for _, weight in self.trained_parameters())
 
     def start_vector(self) -> Tensor:
-        """The entries of the frozen start, one after the other, shape (1, number of entries)."""
-        return torch.cat([weight.detach().flatten() for _, weight in self.frozen()])[None]
+        """The entries of the frozen start, one after the other, then zeros, in rows of 1024, which sketch quickly."""
+        entries = torch.cat([weight.detach().flatten() for _, weight in self.frozen()])
+        return F.pad(entries, (0, -len(entries) % 1024)).view(-1, 1024)
 
     def take_fingerprint_(self, weight: Tensor) -> None:
         """Notes what this update belongs to: the sketches of W and of the start, shape (2, 9).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ def same_matrix(
     return bool(((first - second).abs() <= tolerance * scale).all())
 
 
+@functools.lru_cache(maxsize=64)  # a model has many weights and few sizes
 def _probes(primes: tuple[int, ...], length: int) -> Tensor:  # shape: (8, length), float64
     """cos(sqrt(prime) * (1 + i)), computed and not drawn, so that they are the same everywhere."""
     frequencies = torch.tensor(primes, dtype=torch.float64).sqrt()

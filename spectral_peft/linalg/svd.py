@@ -159,15 +159,17 @@ def _leading(A: Tensor, rank: int, tolerance: float) -> Factors:
         return _truncate(decompose(A), rank)
     total = torch.linalg.vector_norm(A, dim=-1).double().square().sum(-1)  # row norms: a float64 copy of A is slow
     energies: list[Tensor] = []
-    for factors in _subspace_iterates(A, width):
-        energies.append(factors.S[..., :rank].double().square().sum(-1))
+    for V, AV, captured in _subspace_iterates(A, width):
+        energies.append(captured[..., :rank].sum(-1))
         if _converged(energies, total, tolerance, torch.finfo(A.dtype).eps):
-            return _truncate(factors, rank)
+            Q, R = torch.linalg.qr(AV)
+            W, S, Xh = decompose(R)
+            return _truncate(Factors(Q @ W, S, Xh @ V.mT), rank)
     return _truncate(decompose(A), rank)
 
 
-def _subspace_iterates(A: Tensor, width: int) -> Iterator[Factors]:
-    """Ritz triplets of `A` from ever better right subspaces span(V): with A V = Q R, the SVD of R gives them.
+def _subspace_iterates(A: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Ever better right subspaces: an orthonormal V (n, width), A V, and the squared singular values of A V, float64.
 
     The next V spans (A^T A - shift) V. A shift of half the smallest captured eigenvalue of A^T A brings the unwanted
     ones, in [0, S_width^2], from a ratio S_width^2 / S_r^2 to the wanted down to one of about its square.
@@ -175,12 +177,12 @@ def _subspace_iterates(A: Tensor, width: int) -> Iterator[Factors]:
     generator = torch.Generator().manual_seed(_SEED)
     V = torch.linalg.qr(A.mT @ torch.randn(A.shape[-2], width, generator=generator).to(A)).Q
     for _ in range(_MAX_ITERATIONS):
-        Q, R = torch.linalg.qr(A @ V)
-        W, S, Xh = decompose(R)
-        factors = Factors(Q @ W, S, Xh @ V.mT)
-        yield factors
-        shift = S[..., -1:, None].square() / 2
-        V = torch.linalg.qr(A.mT @ (factors.U * S.unsqueeze(-2)) - shift * factors.Vh.mT).Q
+        AV = A @ V
+        exact = AV.double()  # the Gram matrix squares the condition
+        captured = torch.linalg.eigvalsh(exact.mT @ exact).flip(-1).clamp(min=0)
+        yield V, AV, captured
+        shift = captured[..., -1:, None].to(A.dtype) / 2
+        V = torch.linalg.qr(A.mT @ AV - shift * V).Q
 
 
 def _converged(energies: list[Tensor], total: Tensor, tolerance: float, eps: float) -> bool:

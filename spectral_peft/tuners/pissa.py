@@ -50,8 +50,10 @@ class PiSSA(SpectralUpdate):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(x)
         dAx = self.dA(x)
-        change: Tensor = self.dB(self.A0(x) + dAx) + self.B0(dAx)
-        return change * self.scaling
+        Ax = self.A0(x) + dAx
+        if self.scaling != 1:  # here, where the tensors are r wide, it costs next to nothing
+            Ax, dAx = Ax * self.scaling, dAx * self.scaling
+        return self.dB(Ax) + self.B0(dAx)
 
     def matrix(self) -> Tensor:
         A = self.A0.weight + self.dA.weight
