@@ -43,9 +43,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "svfit": Method(SVFitConfig, rank=64, learning_rate=5e-2),
-    "pissa": Method(PiSSAConfig, rank=16, learning_rate=5e-4),
-    "lora": Method(functools.partial(LoraConfig, lora_alpha=32), rank=16, learning_rate=5e-4),
+    "svfit": Method(SVFitConfig, rank=64, learning_rate=1e-1),
+    "pissa": Method(PiSSAConfig, rank=16, learning_rate=3e-4),
+    "lora": Method(functools.partial(LoraConfig, lora_alpha=32), rank=16, learning_rate=1e-3),
 }
 LOADERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
