@@ -4,7 +4,7 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.model import SpectralModel, register
 from spectral_peft.report import ParameterReport, parameter_report, untargeted_modules
-from spectral_peft.tuners import SST, PiSSA, PiSSAConfig, PooledSST, SSTConfig, SVFit, SVFitConfig
+from spectral_peft.tuners import SST, PiSSA, PiSSAConfig, PooledSST, Schedule, SSTConfig, SVFit, SVFitConfig
 from spectral_peft.update import Diagonal, Factor, Size, SpectralUpdate
 
 
@@ -21,6 +21,7 @@ __all__ = [
     "SSTConfig",
     "SVFit",
     "SVFitConfig",
+    "Schedule",
     "Size",
     "SpectralConfig",
     "SpectralError",
