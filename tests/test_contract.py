@@ -295,6 +295,21 @@ def test_a_checkpoint_s_config_alone_saves_a_whole_adapter(method: Method, tmp_p
     assert all(torch.equal(value, saved[name]) for name, value in expected.items())
 
 
+def test_a_cached_base_is_not_decomposed_again(
+    method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECTRAL_PEFT_CACHE", str(tmp_path))
+    expected = get_peft_model_state_dict(get_peft_model(llama(), method()))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a decomposition that is in the cache")
+
+    for name in ("svd", "qr", "eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, refuse)
+    again = get_peft_model_state_dict(get_peft_model(llama(), method()))
+    assert all(torch.equal(value, expected[name]) for name, value in again.items())
+
+
 # Several adapters
 
 
