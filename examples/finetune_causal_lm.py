@@ -43,8 +43,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "svfit": Method(SVFitConfig, rank=64, learning_rate=1e-1),
-    "pissa": Method(PiSSAConfig, rank=16, learning_rate=3e-4),
+    # Without the frozen singular vectors in the adapter file: they are computed anew from the base when it is loaded.
+    "svfit": Method(functools.partial(SVFitConfig, save_start=False), rank=64, learning_rate=1e-1),
+    "pissa": Method(functools.partial(PiSSAConfig, save_start=False), rank=16, learning_rate=3e-4),
     "lora": Method(functools.partial(LoraConfig, lora_alpha=32), rank=16, learning_rate=1e-3),
 }
 LOADERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}

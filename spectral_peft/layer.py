@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import same_matrix, sketch
+from spectral_peft.linalg import one_thread_if_small, same_matrix, sketch
 from spectral_peft.training import drive
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
@@ -120,8 +120,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     def start_(self, update: SpectralUpdate, config: SpectralConfig) -> None:
         """Starts `update` from the base weight."""
         weight = self.effective_weight()
-        update.start_(config.decompose(weight, update.r))
-        update.take_fingerprint_(weight)
+        with one_thread_if_small(weight):
+            update.start_(config.decompose(weight, update.r))
+            update.take_fingerprint_(weight)
         if not config.init_weights:
             update.perturb_()
         if update.frees_base:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spectral_peft.linalg.drivers import Factors
 from spectral_peft.linalg.fingerprint import SKETCH_SIZE, same_matrix, sketch
+from spectral_peft.linalg.precision import one_thread_if_small
 from spectral_peft.linalg.spectrum import effective_rank, energy_rank
 from spectral_peft.linalg.stiefel import cholesky_qr_retraction, orthonormality_error, polar_retraction, qr_retraction
 from spectral_peft.linalg.svd import (
@@ -24,6 +25,7 @@ __all__ = [
     "cholesky_qr_retraction",
     "effective_rank",
     "energy_rank",
+    "one_thread_if_small",
     "orthonormality_error",
     "polar_retraction",
     "qr_retraction",

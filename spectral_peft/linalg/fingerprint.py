@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from spectral_peft.linalg.precision import full_precision
+from spectral_peft.linalg.precision import factorizing
 
 
 # Their square roots are linearly independent over the rationals: no two probes coincide at any size.
@@ -27,7 +27,7 @@ def sketch(
     """
     A = A.detach().reshape(-1, A.shape[-1])
     A = A.to(torch.promote_types(A.dtype, torch.float32))
-    with full_precision(A):
+    with factorizing(A):
         norm = torch.linalg.vector_norm(A, dim=-1).double().square().sum().sqrt()
         rows, columns = _probes(_ROW_PRIMES, A.shape[0]).to(A), _probes(_COLUMN_PRIMES, A.shape[1]).to(A)
         forms = ((rows @ A).double() * columns.double()).sum(-1)

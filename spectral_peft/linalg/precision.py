@@ -1,4 +1,4 @@
-"""The precision in which matrices are factorised, and what may be factorised at all."""
+"""The conditions under which matrices are factorized, and what may be factorized at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from torch import Tensor
 from spectral_peft.errors import SpectralError
 
 
+SMALL = 2**21
+"""Entries up to which a matrix is factorized on one thread."""
+
+
 def working_copy(A: Tensor) -> Tensor:
     """`A` in float32 at least (float64 stays); `A` itself if nothing has to change.
 
@@ -19,7 +23,7 @@ def working_copy(A: Tensor) -> Tensor:
         SpectralError: `A` is on the meta device, or has NaN or Inf entries.
     """
     if not A.is_floating_point():
-        raise TypeError(f"A matrix to factorise should have a real floating-point dtype, got {A.dtype}.")
+        raise TypeError(f"A matrix to factorize should have a real floating-point dtype, got {A.dtype}.")
     if A.is_meta:
         raise SpectralError(
             f"The weight of shape {tuple(A.shape)} is on the meta device and has no data; load it first."
@@ -30,14 +34,32 @@ def working_copy(A: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_precision(A: Tensor) -> Iterator[None]:
+def factorizing(A: Tensor) -> Iterator[None]:
     """Inside, products of float32 matrices on the device of `A` are exact to float32, and no gradient is recorded.
 
     Autocast and TF32 (which many training scripts switch on) would make factors that are orthonormal to 1e-3 only.
-    The switches of TF32 are those of the process, not of the thread.
+    The switches of TF32 are those of the process, not of the thread. Small matrices on the CPU get one thread.
     """
-    with torch.no_grad(), torch.autocast(A.device.type, enabled=False), _ieee_float32():
+    with torch.no_grad(), torch.autocast(A.device.type, enabled=False), _ieee_float32(), one_thread_if_small(A):
         yield
+
+
+@contextmanager
+def one_thread_if_small(A: Tensor) -> Iterator[None]:
+    """Inside, operations run on one thread if `A` is on the CPU and has at most `SMALL` entries.
+
+    LAPACK opens many short parallel regions. Where a process gets less CPU time than it sees cores (containers, busy
+    machines), their barriers cost far more than threads gain: 4.4 s against 9 ms for the SVD of a 192 x 576 matrix.
+    """
+    threads = torch.get_num_threads()
+    if A.device.type != "cpu" or A.numel() > SMALL or threads == 1:
+        yield
+        return
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_peft.linalg.precision import full_precision, working_copy
+from spectral_peft.linalg.precision import factorizing, working_copy
 from spectral_peft.linalg.svd import svd
 
 
@@ -25,7 +25,7 @@ def qr_retraction(
     """
     _check_tall(X)
     working = working_copy(X)
-    with full_precision(X):
+    with factorizing(X):
         return _sign_fixed_q(working).to(X.dtype).contiguous()
 
 
@@ -42,7 +42,7 @@ def cholesky_qr_retraction(
     """
     _check_tall(X)
     working = working_copy(X)
-    with full_precision(X):
+    with factorizing(X):
         L, info = torch.linalg.cholesky_ex(working.mT @ working)
         Q = torch.linalg.solve_triangular(L, working.mT, upper=False).mT
         accurate = (info == 0) & _is_orthonormal(Q)
@@ -65,7 +65,7 @@ def polar_retraction(
     """
     _check_tall(X)
     working = working_copy(X)
-    with full_precision(X):
+    with factorizing(X):
         Q = _polar_from_gram(working)
         accurate = _is_orthonormal(Q)
         if not accurate.all():
@@ -78,7 +78,7 @@ def orthonormality_error(
     X: Tensor,  # shape: (..., m, r)
 ) -> Tensor:  # shape: (...)
     """The largest entry of |X^T X - I|, in float32 at least."""
-    with full_precision(X):
+    with factorizing(X):
         X = X.to(torch.promote_types(X.dtype, torch.float32))
         identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
         return (X.mT @ X - identity).abs().amax(dim=(-2, -1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_peft.linalg.drivers import Factors, NotConverged, decompose
-from spectral_peft.linalg.precision import full_precision, working_copy
+from spectral_peft.linalg.precision import factorizing, working_copy
 
 
 _MAX_ITERATIONS = 16
@@ -29,7 +29,7 @@ def svd(
         SpectralError: `A` has no data (meta), has NaN or Inf entries, or no driver converges.
     """
     A = working_copy(A)
-    with full_precision(A):
+    with factorizing(A):
         return _finished(decompose(A))
 
 
@@ -42,7 +42,7 @@ def singular_values(
         TypeError, SpectralError: as `svd`.
     """
     A = working_copy(A)
-    with full_precision(A):
+    with factorizing(A):
         try:
             return torch.linalg.svdvals(A)
         except NotConverged:
@@ -84,7 +84,7 @@ def randomized_svd(
     """
     A = working_copy(A)
     _check_rank(A, rank)
-    with full_precision(A):
+    with factorizing(A):
         return _finished(_leading(A, rank, tolerance))
 
 
@@ -113,7 +113,7 @@ def truncated_svd(
 
 def _exact(A: Tensor, rank: int) -> Factors:
     A = working_copy(A)
-    with full_precision(A):
+    with factorizing(A):
         return _finished(_truncate(decompose(A), rank))
 
 

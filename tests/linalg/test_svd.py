@@ -139,3 +139,24 @@ def test_refused_matrices(name: str) -> None:
 
 def test_finite_entries_with_an_overflowing_sum_are_accepted() -> None:
     assert torch.isfinite(svd(torch.full((4, 4), 2e38)).U).all()
+
+
+def test_small_matrices_are_factorized_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = torch.linalg.svd
+
+    def watched(*args: object, **kwargs: object) -> object:
+        seen.append(torch.get_num_threads())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        svd(torch.randn(12, 10))
+        monkeypatch.setattr("spectral_peft.linalg.precision.SMALL", 100)
+        svd(torch.randn(12, 10))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 2]

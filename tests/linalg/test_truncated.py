@@ -135,7 +135,7 @@ def test_same_result_whatever_the_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_half_precision_is_factorised_in_float32(algorithm: str) -> None:
+def test_half_precision_is_factorized_in_float32(algorithm: str) -> None:
     A = gaussian(120, 80).bfloat16()
     factors, expected = truncated_svd(A, 2, algorithm), truncated_svd(A.float(), 2, algorithm)
     assert factors.S.dtype == torch.float32
