@@ -125,8 +125,6 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             update.take_fingerprint_(weight)
         if not config.init_weights:
             update.perturb_()
-        if update.frees_base:
-            self.free_base_weight_()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def settle(self, adapter_name: str) -> None:

@@ -50,6 +50,10 @@ class SpectralModel(BaseTuner):
         finally:
             self._progress.close()
             del self._progress
+        # Only now: had a later layer failed, the weights of the earlier ones would be lost.
+        for _, layer, update in adapter_updates(model, adapter_name):
+            if update.frees_base and layer.settled[adapter_name]:
+                layer.free_base_weight_()
         if self._clamped:
             warnings.warn(
                 f"`r` is larger than min(out_features, in_features) of {len(self._clamped)} modules and was clamped "

@@ -469,14 +469,20 @@ def test_a_rounded_base_is_the_same_base(method: Method, tmp_path: Path, dtype: 
     logits(PeftModel.from_pretrained(llama(dtype), tmp_path))
 
 
+def nearly_equal_llama() -> nn.Module:
+    """Too close for the check of the base, but with other singular vectors."""
+    model = llama()
+    for parameter in model.parameters():
+        parameter.data += 2e-3 * parameter.std() * torch.randn_like(parameter)
+    return model
+
+
 def test_recomputed_vectors_of_a_changed_base_are_refused(method: Method, tmp_path: Path) -> None:
     """Nearly the same weight, but not the same singular vectors: too close for the check of the base."""
     if not method.recomputable:
         pytest.skip("its start cannot be recomputed")
     trained_model(method, save_start=False).save_pretrained(tmp_path)
-    other = llama()
-    for parameter in other.parameters():
-        parameter.data += 2e-3 * parameter.std() * torch.randn_like(parameter)
+    other = nearly_equal_llama()
     with pytest.raises(SpectralError, match=r"recomputed .*save_start=True"):
         logits(PeftModel.from_pretrained(other, tmp_path))
 
@@ -486,9 +492,7 @@ def test_a_checkpoint_loaded_into_a_live_adapter_is_checked_too(method: Method, 
     if not method.recomputable:
         pytest.skip("its start cannot be recomputed")
     trained_model(method, save_start=False).save_pretrained(tmp_path)
-    other = llama()
-    for parameter in other.parameters():
-        parameter.data += 2e-3 * parameter.std() * torch.randn_like(parameter)
+    other = nearly_equal_llama()
     model = get_peft_model(other, method(save_start=False))
     logits(model)
     model.load_adapter(tmp_path, "default")

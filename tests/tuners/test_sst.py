@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from spectral_peft import SST, Size, SpectralError, SSTConfig
@@ -218,6 +219,25 @@ def test_a_freed_base_weight_is_named_where_it_is_needed() -> None:
     merged = model.merge_and_unload()
     rounding = tolerance(torch.float32, 32)
     torch.testing.assert_close(merged(batch()).logits, expected, rtol=rounding, atol=rounding)
+
+
+def test_no_weight_is_lost_if_a_later_layer_fails() -> None:
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SpectralError, match="up_proj"):
+        get_peft_model(model, SSTConfig(r=4, target_modules="all-linear", keep_base_weight=False))
+    expected = llama().state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]) or "layers.1.mlp.up_proj" in name
+
+
+def test_a_freed_checkpoint_reloads_and_frees_at_its_first_use(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), SSTConfig(r=4, target_modules="all-linear", keep_base_weight=False))
+    train_(model, lr=1e-2)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(reloaded(batch()).logits, model.eval()(batch()).logits)
+    assert all(layer.is_freed for layer in layers(reloaded))
 
 
 def test_trained_parameters_in_the_paper_s_terms() -> None:
