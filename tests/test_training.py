@@ -82,9 +82,11 @@ def test_closures() -> None:
 
 def test_only_the_adapter_that_trains_is_stepped() -> None:
     module = model()
+    held = trainable(module)
     module.add_adapter("second", SSTConfig(r=4, target_modules="all-linear"))
     module.set_adapter("second")
-    train_(module, lr=1e-3, steps=2)
+    optimizer = torch.optim.AdamW([*held, *trainable(module)], lr=1e-3)
+    train_(module, lr=1e-3, steps=2, optimizer=optimizer)
     second = {int(value) for name, value in module.state_dict().items() if name.endswith("second.step")}
     first = {int(value) for name, value in module.state_dict().items() if name.endswith("default.step")}
     assert (first, second) == ({0}, {2})

@@ -86,6 +86,7 @@ def test_frozen_vectors_stay_bit_by_bit_within_an_iteration() -> None:
 
 def test_a_swap_exchanges_triplets_and_keeps_the_weight() -> None:
     update = sst(torch.randn(12, 10, dtype=torch.float64))
+    update.dS.weight.data.uniform_()
     before, order = update.matrix(), update.order.clone()
     triplets = {int(i): update.factors().U[:, slot].clone() for slot, i in enumerate(update.order)}
     update._swap(torch.tensor([9, 1, 7, 3]))
@@ -93,6 +94,12 @@ def test_a_swap_exchanges_triplets_and_keeps_the_weight() -> None:
     assert sorted(update.order.tolist()) == sorted(order.tolist())
     assert all(torch.equal(update.factors().U[:, slot], triplets[int(i)]) for slot, i in enumerate(update.order))
     torch.testing.assert_close(update.matrix(), before, rtol=0, atol=tolerance(torch.float64, 12))
+
+
+def test_draws_speak_of_triplets_whatever_slots_they_lie_in() -> None:
+    update = sst(torch.randn(12, 10), sampling="top")
+    update._swap(torch.tensor([9, 1, 7, 3]))
+    assert update._next(1).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("pool", [None, 6])
