@@ -22,13 +22,16 @@ from tests.tolerance import tolerance
 FUNCTION = tolerance(torch.float32, 32)
 
 
-@pytest.fixture(params=[True, False], ids=["start saved", "start recomputed"])
-def save_start(request: pytest.FixtureRequest, method: Method) -> bool:
-    if not (request.param or method.recomputable):
-        with pytest.raises(ValueError, match="`save_start` should be True"):
-            method(save_start=False)
-        pytest.skip("its start cannot be recomputed, and its config says so")
-    return request.param
+both_saves = pytest.mark.parametrize(
+    ("method", "save_start"),
+    [
+        pytest.param(method, save_start, id=f"{method}-{'saved' if save_start else 'recomputed'}")
+        for method in METHODS
+        for save_start in (True, False)
+        if save_start or method.recomputable
+    ],
+)
+recomputable = pytest.mark.parametrize("method", [method for method in METHODS if method.recomputable], ids=str)
 
 
 def trained_model(method: Method, **kwargs: object) -> PeftModel:
@@ -202,12 +205,14 @@ def test_torch_compile_traces_the_layer_whole(method: Method) -> None:
 # Checkpoints
 
 
+@both_saves
 def test_the_names_in_a_checkpoint(method: Method, tmp_path: Path, save_start: bool) -> None:
     trained_model(method, save_start=save_start).save_pretrained(tmp_path)
     names = {name.split("update.")[1] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == method.trained | method.counters | (method.start if save_start else frozenset())
 
 
+@both_saves
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_trained_adapter_reloads_to_the_same_function(
     method: Method, tmp_path: Path, save_start: bool, low_cpu_mem_usage: bool
@@ -221,6 +226,7 @@ def test_a_trained_adapter_reloads_to_the_same_function(
     assert all(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(reloaded).items())
 
 
+@both_saves
 def test_it_reloads_under_another_thread_count(method: Method, tmp_path: Path, save_start: bool) -> None:
     model = trained_model(method, save_start=save_start)
     model.save_pretrained(tmp_path)
@@ -435,6 +441,7 @@ def test_a_failing_second_adapter_leaves_the_first_alone(method: Method) -> None
     assert torch.equal(logits(model), expected)
 
 
+@both_saves
 def test_an_adapter_of_another_base_is_refused(method: Method, tmp_path: Path, save_start: bool) -> None:
     trained_model(method, save_start=save_start).save_pretrained(tmp_path)
     other = llama(seed=1)
@@ -477,20 +484,18 @@ def nearly_equal_llama() -> nn.Module:
     return model
 
 
+@recomputable
 def test_recomputed_vectors_of_a_changed_base_are_refused(method: Method, tmp_path: Path) -> None:
     """Nearly the same weight, but not the same singular vectors: too close for the check of the base."""
-    if not method.recomputable:
-        pytest.skip("its start cannot be recomputed")
     trained_model(method, save_start=False).save_pretrained(tmp_path)
     other = nearly_equal_llama()
     with pytest.raises(SpectralError, match=r"recomputed .*save_start=True"):
         logits(PeftModel.from_pretrained(other, tmp_path))
 
 
+@recomputable
 def test_a_checkpoint_loaded_into_a_live_adapter_is_checked_too(method: Method, tmp_path: Path) -> None:
     """Its start was computed from a nearly equal base: only the first use after the loading can tell."""
-    if not method.recomputable:
-        pytest.skip("its start cannot be recomputed")
     trained_model(method, save_start=False).save_pretrained(tmp_path)
     other = nearly_equal_llama()
     model = get_peft_model(other, method(save_start=False))
