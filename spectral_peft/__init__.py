@@ -2,6 +2,7 @@
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
+from spectral_peft.export import export_lora
 from spectral_peft.model import SpectralModel, register
 from spectral_peft.report import ParameterReport, parameter_report, untargeted_modules
 from spectral_peft.tuners import SST, PiSSA, PiSSAConfig, PooledSST, Schedule, SSTConfig, SVFit, SVFitConfig
@@ -27,6 +28,7 @@ __all__ = [
     "SpectralError",
     "SpectralModel",
     "SpectralUpdate",
+    "export_lora",
     "parameter_report",
     "register",
     "untargeted_modules",

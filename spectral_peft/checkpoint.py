@@ -78,6 +78,12 @@ def _check_tensors(prefix: str, update: SpectralUpdate, tensors: dict[str, Tenso
                 f"The tensor {prefix}{key} of the adapter checkpoint is {tensors[key].dtype}; expected a dtype like "
                 f"{expected.dtype}. The file is damaged; save the adapter again."
             )
+    try:
+        update.check_state(tensors)
+    except SpectralError as error:
+        raise SpectralError(
+            f"{prefix.rstrip('.')}: {error} The checkpoint is damaged; save the adapter again."
+        ) from error
 
 
 def is_fresh(model: nn.Module, adapter_name: str) -> bool:

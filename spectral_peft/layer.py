@@ -144,6 +144,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         elif update.fingerprint.any():
             self.check_base(adapter_name, update.fingerprint)
             self.check_start(adapter_name, update)
+            update.check_state(update.state_dict())
         if update.frees_base:
             self.free_base_weight_()
         self.settled[adapter_name] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -119,9 +119,26 @@ class SpectralUpdate(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Returns x @ matrix().T without building the matrix; x is (..., in_features) or integer (...)."""
 
-    @abstractmethod
+    def thin_change(self) -> tuple[Tensor, Tensor] | None:
+        """Returns B (out_features, s) and A (s, in_features) with matrix() = B A, or None if no small s has them.
+
+        From them an exact LoRA is exported.
+        """
+        return None
+
     def matrix(self) -> Tensor:
-        """Returns the change of W, or the weight that replaces W, shape (out_features, in_features)."""
+        """Returns the change of W, or the weight that replaces W, shape (out_features, in_features).
+
+        B A of `thin_change`; a method without one overrides this.
+        """
+        thin = self.thin_change()
+        if thin is None:
+            raise NotImplementedError(f"{type(self).__name__} should override `matrix` or `thin_change`.")
+        B, A = thin
+        return B @ A
+
+    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises SpectralError where tensors of the right names and shapes cannot be a state of this update."""
 
     def before_optimizer_step(self) -> None:
         """Called before every optimizer step of the trained parameters, if ``scheduled``."""

@@ -35,6 +35,11 @@ def embedding_method(request: pytest.FixtureRequest) -> Method:
     return request.param
 
 
+@pytest.fixture(params=[method for method in METHODS if not method.replaces], ids=str)
+def thin_method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
 @pytest.fixture(params=METHODS, ids=str)
 def method(request: pytest.FixtureRequest) -> Method:
     return request.param

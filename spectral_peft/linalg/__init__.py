@@ -13,6 +13,7 @@ from spectral_peft.linalg.svd import (
     randomized_svd,
     singular_values,
     svd,
+    svd_of_product,
     truncated_svd,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "singular_values",
     "sketch",
     "svd",
+    "svd_of_product",
     "truncated_svd",
 ]

@@ -33,6 +33,26 @@ def svd(
         return _finished(decompose(A))
 
 
+def svd_of_product(
+    B: Tensor,  # shape: (..., m, s)
+    A: Tensor,  # shape: (..., s, n)
+) -> Factors:
+    """`svd(B A)` with k = min(m, s, n) triplets; where s is smaller than m and n, from the QRs of B and A^T alone.
+
+    B = Q_l R_l and A^T = Q_r R_r give B A = Q_l (R_l R_r^T) Q_r^T, and the SVD of the core is a small one.
+
+    Raises:
+        TypeError, SpectralError: as `svd`.
+    """
+    B, A = working_copy(B), working_copy(A)
+    with factorizing(A):
+        if A.shape[-2] >= min(B.shape[-2], A.shape[-1]):
+            return svd(B @ A)
+        (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+        core = svd(R_left @ R_right.mT)
+        return _finished(Factors(Q_left @ core.U, core.S, core.Vh @ Q_right.mT))
+
+
 def singular_values(
     A: Tensor,  # shape: (..., m, n)
 ) -> Tensor:  # shape: (..., min(m, n))

@@ -55,9 +55,9 @@ class PiSSA(SpectralUpdate):
             Ax, dAx = Ax * self.scaling, dAx * self.scaling
         return self.dB(Ax) + self.B0(dAx)
 
-    def matrix(self) -> Tensor:
-        A = self.A0.weight + self.dA.weight
-        return (self.dB.weight @ A + self.B0.weight @ self.dA.weight) * self.scaling
+    def thin_change(self) -> tuple[Tensor, Tensor]:
+        B = torch.cat([self.dB.weight, self.B0.weight], dim=1) * self.scaling
+        return B, torch.cat([self.A0.weight + self.dA.weight, self.dA.weight])
 
 
 @register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import Factors, svd
+from spectral_peft.linalg import Factors, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
@@ -126,6 +126,16 @@ class SST(SpectralUpdate):
     def matrix(self) -> Tensor:
         return self.factors().matrix()
 
+    def check_state(self, tensors: Mapping[str, Tensor]) -> None:
+        numbers, step = tensors["order"].tolist(), int(tensors["step"])
+        if sorted(numbers) != list(range(len(numbers))):
+            raise SpectralError(
+                f"order should hold the number of each of the {len(numbers)} triplets once, got {len(set(numbers))} "
+                f"different ones from {min(numbers)} to {max(numbers)}."
+            )
+        if step < 0:
+            raise SpectralError(f"step should count optimizer steps, got {step}.")
+
     # The schedule
 
     @torch.no_grad()
@@ -168,13 +178,8 @@ class SST(SpectralUpdate):
                 )
 
     def _decomposed(self) -> Factors:
-        """The SVD of W from that of its k x k core, where the vectors span fewer dimensions than W has."""
-        U, S, Vh = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in self.factors())
-        if len(S) == min(len(U), Vh.shape[1]):
-            return svd((U * S) @ Vh)
-        (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(U), torch.linalg.qr(Vh.mT)
-        core = svd((R_left * S) @ R_right.mT)
-        return Factors(Q_left @ core.U, core.S, core.Vh @ Q_right.mT)
+        U, S, Vh = self.factors()
+        return svd_of_product(U * S, Vh)
 
     @torch.no_grad()
     def _take(self, factors: Factors) -> None:
@@ -244,8 +249,12 @@ class PooledSST(SST):
             now = segmented_product(x, U, S, Vh, U[:, :0], Vh[:0], enhanced=self.enhanced, dtype=U.dtype)
             return now - self.U0(self.S0(self.Vh0(x)))
 
+    def thin_change(self) -> tuple[Tensor, Tensor]:
+        U, S, Vh = self.factors()
+        return torch.cat([U * S, -self.U0.weight * self.S0.weight], dim=1), torch.cat([Vh, self.Vh0.weight])
+
     def matrix(self) -> Tensor:
-        return super().matrix() - (self.U0.weight * self.S0.weight) @ self.Vh0.weight
+        return SpectralUpdate.matrix(self)
 
 
 @register

@@ -41,8 +41,8 @@ class SVFit(SpectralUpdate):
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.dS(self.Vh(self.dropout(x))))
 
-    def matrix(self) -> Tensor:
-        return (self.U.weight * self.dS.weight) @ self.Vh.weight
+    def thin_change(self) -> tuple[Tensor, Tensor]:
+        return self.U.weight * self.dS.weight, self.Vh.weight
 
 
 @register

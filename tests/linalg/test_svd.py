@@ -15,6 +15,7 @@ from spectral_peft.linalg import (
     randomized_svd,
     singular_values,
     svd,
+    svd_of_product,
     truncated_svd,
 )
 from tests.linalg.matrices import assert_canonical, few, gaussian, matrices
@@ -40,6 +41,20 @@ def test_svd_is_one(A: Tensor) -> None:
     factors = svd(A)
     assert factors.S.dtype == A.dtype
     assert_is_svd(factors, A)
+    assert_canonical(factors.U)
+
+
+@pytest.mark.parametrize("shape", [(40, 5, 30), (5, 7, 30), (30, 12, 12), (2, 40, 3, 20)])
+def test_the_svd_of_a_product_is_that_of_the_matrix(shape: tuple[int, ...]) -> None:
+    *batch, m, s, n = shape
+    B, A = gaussian(*batch, m, s), gaussian(*batch, s, n, seed=1)
+    factors, expected = svd_of_product(B, A), svd(B @ A)
+    k = min(m, s, n)
+    assert factors.S.shape[-1] == k
+    torch.testing.assert_close(factors.matrix(), B @ A)
+    torch.testing.assert_close(factors.S, expected.S[..., :k])
+    assert (orthonormality_error(factors.U) < tolerance(A.dtype, m)).all()
+    assert (orthonormality_error(factors.Vh.mT) < tolerance(A.dtype, n)).all()
     assert_canonical(factors.U)
 
 

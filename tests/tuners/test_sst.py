@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectral_peft import SST, Size, SpectralError, SSTConfig
 from spectral_peft.linalg import orthonormality_error
-from tests.models import batch, layers, llama, train_, trainable, updates
+from tests.models import batch, layers, llama, logits, train_, trainable, updates
 from tests.tolerance import tolerance
 
 
@@ -258,6 +260,34 @@ def test_trained_parameters_in_the_paper_s_terms() -> None:
         assert counts[-1] == 128 * (m + n) + min(m, n)
     rest = 2 * 32_000 * 2048 + (2 * 24 + 1) * 2048
     assert 24 * sum(counts) + rest == 251_051_008
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        ("order", lambda order: order.clamp(max=5), "order should hold the number of each of .* once, got 6"),
+        ("order", lambda order: order + 1, "different ones from 1 to"),
+        ("step", lambda step: step * 0 - 1, "step should count optimizer steps, got -1"),
+    ],
+)
+@pytest.mark.parametrize("transformers_loads", [False, True])
+def test_a_checkpoint_whose_indices_do_not_fit_is_refused(
+    name: str, broken: Callable[[Tensor], Tensor], message: str, transformers_loads: bool, tmp_path: Path
+) -> None:
+    model = get_peft_model(llama(), SSTConfig(r=4, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: broken(value) if key.endswith(f"update.{name}") else value for key, value in state.items()},
+              tmp_path / "adapter_model.safetensors", {"format": "pt"})  # fmt: skip
+    base = llama()
+    if transformers_loads:  # which knows no check before an adapter's first use
+        base.load_adapter(str(tmp_path))
+        with pytest.raises(SpectralError, match=message):
+            logits(base)
+        return
+    with pytest.raises(SpectralError, match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(base), logits(llama()))
 
 
 def test_everything_else_can_train_too() -> None:
