@@ -208,6 +208,16 @@ class SpectralConfig(PeftConfig, ABC):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")
 
+    def _check_choice(self, name: str, allowed: tuple[str | None, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+    def _check_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` should be at least {least}, got {value}.")
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """PEFT's, which also looks at the tensors beside a local config, before any model is changed.
@@ -233,6 +243,10 @@ class SpectralConfig(PeftConfig, ABC):
         matrix = weight if self.save_start else weight.double()
         key = (type(self).__name__, self.svd, str(r), str(matrix.dtype))
         return cached_factors(weight, key, lambda: truncated_svd(matrix, r, self.svd))
+
+    def start_(self, update: SpectralUpdate, weight: Tensor) -> None:
+        """Starts an update that `build` returned from its weight."""
+        update.start_(self.decompose(weight, update.r))
 
     @abstractmethod
     def build(self, size: Size) -> SpectralUpdate:

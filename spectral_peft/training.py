@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from spectral_peft.update import SpectralUpdate
 
 
-_driven: WeakSet[SpectralUpdate] = WeakSet()
+# In the order of their creation, which is that of the layers: what is computed for many updates at once is then the
+# same on every process and after a resume. A WeakSet has no order.
+_driven: WeakKeyDictionary[SpectralUpdate, None] = WeakKeyDictionary()
 
 
 def drive(updates: Iterable[SpectralUpdate]) -> None:
@@ -23,7 +26,7 @@ def drive(updates: Iterable[SpectralUpdate]) -> None:
     Through torch's global optimizer hooks, so that Trainer, TRL, accelerate and bare loops need no code for it, and
     steps that a GradScaler skips are not counted.
     """
-    _driven.update(update for update in updates if update.scheduled)
+    _driven.update((update, None) for update in updates if update.scheduled)
 
 
 def steps_of(optimizer: Optimizer) -> Iterator[SpectralUpdate]:
@@ -55,8 +58,11 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    by_class: defaultdict[type[SpectralUpdate], list[SpectralUpdate]] = defaultdict(list)
     for update in steps_of(optimizer):
-        reset_state(optimizer, update.after_optimizer_step())
+        by_class[type(update)].append(update)
+    for update_cls, updates in by_class.items():
+        reset_state(optimizer, update_cls.after_optimizer_step_of(updates))
 
 
 register_optimizer_step_pre_hook(_before)

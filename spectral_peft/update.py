@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectral_peft.linalg import SKETCH_SIZE, Factors, sketch
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Size(NamedTuple):
@@ -35,9 +39,10 @@ class Size(NamedTuple):
 
 
 def compute_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
-    """The dtype that autocast asks for, or that of the parameter."""
+    """The dtype that autocast asks for, or that of the parameter; autocast leaves a lookup of indices alone."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+    autocast = x.is_floating_point() and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else parameter.dtype
 
 
 class Factor(nn.Module):
@@ -93,11 +98,16 @@ class SpectralUpdate(nn.Module, ABC):
     Either way an adapter that was just added leaves the model's function as it is. What is not trained is frozen:
     parameters without gradient, so that FSDP shards them and copies by name find them.
 
+    Among the trained children, ``orthonormal`` names the factors whose longer side holds the entries of unit vectors,
+    and ``spectrum`` the singular values: an optimizer gives each their own learning rate (`parameter_groups`).
+
     Where ``takes_indices`` holds, x may also hold the indices of one-hot vectors, as an embedding's input does. An
     update with a schedule sets ``scheduled`` and does its work in `after_optimizer_step`.
     """
 
     trained: ClassVar[tuple[str, ...]]
+    orthonormal: ClassVar[tuple[str, ...]] = ()
+    spectrum: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     scheduled: ClassVar[bool] = False
     takes_indices: ClassVar[bool] = True
@@ -152,6 +162,14 @@ class SpectralUpdate(nn.Module, ABC):
             The parameters whose optimizer state no longer fits what they hold now.
         """
         return ()
+
+    @classmethod
+    def after_optimizer_step_of(cls, updates: Sequence[Self]) -> list[nn.Parameter]:
+        """`after_optimizer_step` for all updates of this class that one optimizer step moved.
+
+        One after the other; a method that works faster on many matrices at once overrides this.
+        """
+        return [stale for update in updates for stale in update.after_optimizer_step()]
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer moves, by their name in the state dict."""

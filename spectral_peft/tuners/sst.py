@@ -66,6 +66,8 @@ class SST(SpectralUpdate):
     """
 
     trained: ClassVar[tuple[str, ...]] = ("U", "dS", "Vh")
+    orthonormal: ClassVar[tuple[str, ...]] = ("U", "Vh")
+    spectrum: ClassVar[tuple[str, ...]] = ("dS",)
     replaces: ClassVar[bool] = True
     scheduled: ClassVar[bool] = True
     takes_indices: ClassVar[bool] = False
@@ -296,20 +298,12 @@ class SSTConfig(SpectralConfig):
 
     def _check_fields(self) -> None:
         super()._check_fields()
-        choices = {
-            "sampling": SAMPLING,
-            "gradient": ("enhanced", "default"),
-            "init": ("svd", "random"),
-            "frozen_dtype": (None, "bfloat16"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        self._check_choice("sampling", SAMPLING)
+        self._check_choice("gradient", ("enhanced", "default"))
+        self._check_choice("init", ("svd", "random"))
+        self._check_choice("frozen_dtype", (None, "bfloat16"))
         for name, least in (("steps_per_iteration", 1), ("iterations_per_round", 1), ("warmup_steps", 0), ("pool", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` should be at least {least}, got {value}.")
+            self._check_least(name, least)
         if self.pool is not None and isinstance(self.r, int) and self.r > self.pool:
             raise ValueError(f"`r` should be at most `pool` ({self.pool}), got {self.r}.")
         if not self.save_start:

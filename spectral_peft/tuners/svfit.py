@@ -22,6 +22,7 @@ class SVFit(SpectralUpdate):
     """
 
     trained: ClassVar[tuple[str, ...]] = ("dS",)
+    spectrum: ClassVar[tuple[str, ...]] = ("dS",)
 
     def __init__(self, size: Size) -> None:
         super().__init__(size)
