@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_peft import PiSSAConfig, SpectralConfig, SSTConfig, SVFitConfig
+from spectral_peft import PiSSAConfig, SCTConfig, SpectralConfig, SSTConfig, SVFitConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Method:
         matrix: The change of the weight, or the weight, from the tensors of an update in float64, as a plain formula.
         lr: A learning rate at which five AdamW steps move the function clearly.
         replaces: Whether `matrix` is the weight itself; the function then starts as the base model's up to rounding.
+        at_start: The weight that the function has at the start at rank r, of a base weight: the same, or for a method
+            that is exact at full rank only its best approximation.
         moved: Names of the frozen tensors and counters that a schedule changes.
         recomputable: Whether `save_start=False` is possible.
         embeddings: Whether it can be put on an nn.Embedding.
@@ -41,6 +43,7 @@ class Method:
     fields: tuple[tuple[str, Any], ...] = ()
     counters: frozenset[str] = frozenset({"fingerprint"})
     replaces: bool = False
+    at_start: Callable[[Tensor, int], Tensor] = lambda weight, r: weight
     moved: frozenset[str] = frozenset()
     recomputable: bool = True
     embeddings: bool = True
@@ -58,6 +61,11 @@ def segmented(t: dict[str, Tensor]) -> Tensor:
     S = t["S.weight"] + t["dS.weight"]
     U, Vh = torch.cat([t["U.weight"], t["U_rest.weight"]], 1), torch.cat([t["Vh.weight"], t["Vh_rest.weight"]])
     return U @ torch.diag(S) @ Vh
+
+
+def best_approximation(weight: Tensor, r: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return ((U[:, :r] * S[:r]) @ Vh[:r]).to(weight.dtype)
 
 
 SST = Method(
@@ -106,4 +114,16 @@ METHODS = [
     ),
     SST,
     POOLED_SST,
+    Method(
+        name="sct",
+        config=SCTConfig,
+        fields=(("keep_base_weight", True),),
+        trained=frozenset({"U.weight", "dS.weight", "Vh.weight"}),
+        start=frozenset({"S.weight"}),
+        matrix=lambda t: t["U.weight"] @ torch.diag(t["S.weight"] + t["dS.weight"]) @ t["Vh.weight"],
+        lr=1e-2,
+        replaces=True,
+        at_start=best_approximation,
+        recomputable=False,
+    ),
 ]

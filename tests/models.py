@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from spectral_peft import SpectralUpdate
 from spectral_peft.layer import SpectralLinear
+
+
+if TYPE_CHECKING:
+    from tests.methods import Method
 
 
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 5.0) -> PreTrainedModel:
@@ -65,6 +70,15 @@ def train_(model: nn.Module, lr: float, steps: int = 5, optimizer: torch.optim.O
 
 def layers(model: nn.Module) -> Iterator[SpectralLinear]:
     return (module for module in model.modules() if isinstance(module, SpectralLinear))
+
+
+def approximated_(base: nn.Module, adapted: nn.Module, method: Method) -> nn.Module:
+    """`base` with the weights that the active adapters of `adapted` start with; itself, for most methods."""
+    for layer in layers(adapted):
+        weight = base.get_submodule(layer.key).weight
+        W = weight.data.mT if layer.weight_is_transposed else weight.data
+        W.copy_(method.at_start(W, layer.update_of(layer.active_adapters[0]).r))
+    return base
 
 
 def updates(model: nn.Module) -> Iterator[SpectralUpdate]:

@@ -36,7 +36,8 @@ def started(method: Method, weight: torch.Tensor, **fields: object) -> SpectralU
 def test_it_starts_as_the_weight_or_as_no_change(method: Method, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, dtype=torch.float64)
     update = started(method, weight)
-    torch.testing.assert_close(update.matrix(), weight if method.replaces else torch.zeros_like(weight))
+    expected = method.at_start(weight, 4) if method.replaces else torch.zeros_like(weight)
+    torch.testing.assert_close(update.matrix(), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

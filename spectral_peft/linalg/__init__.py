@@ -6,7 +6,13 @@ from spectral_peft.linalg.drivers import Factors
 from spectral_peft.linalg.fingerprint import SKETCH_SIZE, same_matrix, sketch
 from spectral_peft.linalg.precision import one_thread_if_small
 from spectral_peft.linalg.spectrum import effective_rank, energy_rank
-from spectral_peft.linalg.stiefel import cholesky_qr_retraction, orthonormality_error, polar_retraction, qr_retraction
+from spectral_peft.linalg.stiefel import (
+    cholesky_qr_retraction,
+    orthonormality_error,
+    polar_retraction,
+    qr_retraction,
+    tangent_projection,
+)
 from spectral_peft.linalg.svd import (
     ALGORITHMS,
     canonical_signs,
@@ -36,5 +42,6 @@ __all__ = [
     "sketch",
     "svd",
     "svd_of_product",
+    "tangent_projection",
     "truncated_svd",
 ]

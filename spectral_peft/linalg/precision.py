@@ -34,13 +34,20 @@ def working_copy(A: Tensor) -> Tensor:
 
 
 @contextmanager
-def factorizing(A: Tensor) -> Iterator[None]:
-    """Inside, products of float32 matrices on the device of `A` are exact to float32, and no gradient is recorded.
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices on this device are exact to float32, and no gradient is recorded.
 
     Autocast and TF32 (which many training scripts switch on) would make factors that are orthonormal to 1e-3 only.
-    The switches of TF32 are those of the process, not of the thread. Small matrices on the CPU get one thread.
+    The switches of TF32 are those of the process, not of the thread.
     """
-    with torch.no_grad(), torch.autocast(A.device.type, enabled=False), _ieee_float32(), one_thread_if_small(A):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _ieee_float32():
+        yield
+
+
+@contextmanager
+def factorizing(A: Tensor) -> Iterator[None]:
+    """`exact_products` on the device of `A`; if it is small and on the CPU, on one thread."""
+    with exact_products(A.device), one_thread_if_small(A):
         yield
 
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spectral_peft.linalg.precision import factorizing, working_copy
+from spectral_peft.linalg.precision import exact_products, factorizing, working_copy
 from spectral_peft.linalg.svd import svd
+
+
+NEARLY_ORTHONORMAL = 0.5
+"""Frobenius norm of G / c - I, with c the mean of the diagonal of G = X^T X, up to which X can be retracted from G
+alone: the condition of G is then at most 3."""
 
 
 def qr_retraction(
@@ -82,6 +87,50 @@ def orthonormality_error(
         X = X.to(torch.promote_types(X.dtype, torch.float32))
         identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
         return (X.mT @ X - identity).abs().amax(dim=(-2, -1))
+
+
+def tangent_projection(
+    X: Tensor,  # shape: (..., m, r), orthonormal columns
+    D: Tensor,  # shape: (..., m, r)
+) -> Tensor:  # shape: (..., m, r)
+    """D - X sym(X^T D): the direction nearest to `D` along which the columns of `X` stay orthonormal to first order.
+
+    The orthogonal projection onto the tangent space of the Stiefel manifold (Absil, Mahony & Sepulchre, 2008, eq.
+    3.35). Computed in float32 at least, in the dtype of `D`.
+    """
+    with exact_products(X.device):
+        dtype = torch.promote_types(X.dtype, torch.float32)
+        working, direction = X.to(dtype), D.to(dtype)
+        core = working.mT @ direction
+        return (direction - working @ ((core + core.mT) / 2)).to(D.dtype)
+
+
+def polar_transform(
+    G: Tensor,  # shape: (..., r, r)
+    distance: float,
+) -> Tensor:  # shape: (..., r, r)
+    """T = G^(-1/2), so that X T is the polar factor of X if G = X^T X; `distance` as in `NEARLY_ORTHONORMAL`, < 1.
+
+    By the coupled Newton-Schulz iteration (Higham, 2008, chapter 6), whose residual R = I - T G T becomes
+    3/4 R^2 + 1/4 R^3 in each step: products alone, which batch well.
+    """
+    scale = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    Y, Z, residual = G / scale, identity, distance
+    while residual > torch.finfo(G.dtype).eps / 4:
+        step = (3 * identity - Z @ Y) / 2
+        Y, Z = Y @ step, step @ Z
+        residual = 0.75 * residual**2 + 0.25 * residual**3
+    return Z / scale.sqrt()
+
+
+def cholesky_transform(
+    G: Tensor,  # shape: (..., r, r)
+    distance: float,
+) -> Tensor:  # shape: (..., r, r)
+    """T = L^-T with G = L L^T, so that X T is the sign-fixed Q factor of X if G = X^T X; `distance` plays no part."""
+    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(G), identity, upper=False).mT
 
 
 def _check_tall(X: Tensor) -> None:
