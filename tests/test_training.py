@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 
-from spectral_peft import SSTConfig
+from spectral_peft import SST, SSTConfig
 from spectral_peft.training import reset_state
 from tests.models import batch, llama, train_, trainable, updates
 
@@ -90,6 +91,14 @@ def test_only_the_adapter_that_trains_is_stepped() -> None:
     second = {int(value) for name, value in module.state_dict().items() if name.endswith("second.step")}
     first = {int(value) for name, value in module.state_dict().items() if name.endswith("default.step")}
     assert (first, second) == ({0}, {2})
+
+
+def test_updates_of_one_step_are_handed_to_their_class_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the layers: what is computed for many at once is then the same on every process."""
+    module, together = model(), []
+    monkeypatch.setattr(SST, "after_optimizer_step_of", lambda group: together.append(group) or [])
+    train_(module, lr=1e-3, steps=2)
+    assert together == [list(updates(module))] * 2
 
 
 def test_copies_are_driven_too() -> None:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import cholesky_qr_retraction, orthonormality_error, polar_retraction, qr_retraction
+from spectral_peft.linalg import (
+    cholesky_qr_retraction,
+    orthonormality_error,
+    polar_retraction,
+    qr_retraction,
+    tangent_projection,
+)
 from tests.tolerance import tolerance
 
 
@@ -156,6 +162,23 @@ def test_refused_matrices(retract: Retraction) -> None:
         retract(torch.ones(3, 2, dtype=torch.int64))
     with pytest.raises(SpectralError, match=r"\(3, 2\) has 6 NaN"):
         retract(torch.full((3, 2), float("nan")))
+
+
+@few
+@given(X=tall(deficient=False), seed=st.integers(0, 100))
+def test_tangent_projection_agrees_with_geoopt(X: Tensor, seed: int) -> None:
+    point, D = MANIFOLD.projx(X), gaussian(*X.shape, seed=seed)
+    projected = tangent_projection(point, D)
+    assert (projected - MANIFOLD.proju(point, D)).abs().max() <= tolerance(torch.float64, X.shape[-2])
+    assert (tangent_projection(point, projected) - projected).abs().max() <= tolerance(torch.float64, X.shape[-2])
+
+
+def test_tangent_projection_is_computed_in_float32_and_rounded_once() -> None:
+    X, D = torch.linalg.qr(gaussian(200, 8)).Q.bfloat16(), gaussian(200, 8, seed=1).bfloat16().requires_grad_()
+    projected = tangent_projection(X, D)
+    assert projected.dtype == torch.bfloat16
+    assert not projected.requires_grad
+    assert torch.equal(projected, tangent_projection(X.float(), D.float()).bfloat16())
 
 
 def test_orthonormality_error() -> None:
