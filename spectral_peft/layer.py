@@ -112,7 +112,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         """A zero update for this layer, in float32 at least, on the device of the base weight."""
         weight = self.base_parameter
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        update = config.build(Size(self.out_features, self.in_features, r, dtype, weight.device, self.key))
+        device = None if weight.is_meta else weight.device
+        update = config.build(Size(self.out_features, self.in_features, r, dtype, device, self.key))
         if config.dropout > 0:
             update.dropout = nn.Dropout(config.dropout)
         return update
@@ -184,8 +185,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves an update to the device of the base weight; PEFT would round its float32 to the base's dtype too."""
         update = self.update_of(adapter_name)
-        if update is not None and not update.is_meta:
-            update.to(device or self.get_base_weight().device)
+        device = device or self.get_base_weight().device
+        if update is not None and not update.is_meta and device.type != "meta":
+            update.to(device)
 
     # The function
 
@@ -241,7 +243,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def free_base_weight_(self) -> None:
         """Gives up the base weight; what is left in its place has its dtype and device, and no entries."""
-        empty = torch.empty(0, dtype=self.base_parameter.dtype, device=self.base_parameter.device)
+        base = self.base_parameter
+        device = torch.get_default_device() if base.is_meta else base.device
+        empty = torch.empty(0, dtype=base.dtype, device=device)
         self.get_base_layer().weight = nn.Parameter(empty, requires_grad=False)
 
     # Merging
@@ -370,8 +374,6 @@ def _check_weight(inner: nn.Module, key: str) -> None:
             f"The weight of target module {key} ({type(inner).__name__}) is {weight.dtype}; supported are float16, "
             "bfloat16, float32 and float64 weights that are not quantized."
         )
-    if weight.is_meta:
-        raise SpectralError(f"The weight of target module {key} is on the meta device: load the base model first.")
     if isinstance(inner, NonDynamicallyQuantizableLinear):
         raise TypeError(
             f"Target module {key} is the output projection of an nn.MultiheadAttention, which never calls it: an "

@@ -73,13 +73,14 @@ class SpectralModel(BaseTuner):
     ) -> None:
         self._progress.set_postfix_str(current_key, refresh=False)
         layer = target if isinstance(target, SpectralLinear) else wrap(target, current_key)
+        if layer is not target:
+            # Before there is an update: PEFT moves what it finds to the device of the weight, which may be "meta".
+            self._replace_module(parent, target_name, layer, target)
         try:
             r = self._rank(peft_config, layer)
             layer.update_layer(adapter_name, peft_config, r=r, container=f"{self.prefix}update")
         except SpectralError as error:
             raise SpectralError(f"{current_key}: {error}") from error
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
         self._progress.update()
 
     def _rank(self, config: SpectralConfig, layer: SpectralLinear) -> int:

@@ -103,6 +103,58 @@ def create_spectral_optimizer(
     return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
 
 
+def step_in_backward(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    factor_lr: float | None = None,
+    value_lr: float | None = None,
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> list[Optimizer]:
+    """Steps every layer as soon as `backward` has its gradients, and drops them: there never are those of two layers.
+
+    Saves the memory of the gradients. The call of `backward` is then the whole step: gradients can neither be
+    accumulated nor clipped by their common norm, and there is nothing to call `step` on. Each layer has an optimizer
+    of its own, over the groups of `parameter_groups`, so that the factors of a weight are stepped, and retracted,
+    together.
+
+    Returns:
+        The optimizers, to make learning rate schedulers for them and to save their state.
+
+    Raises:
+        ValueError: nothing in the model trains.
+    """
+    groups = parameter_groups(model, lr, factor_lr=factor_lr, value_lr=value_lr, weight_decay=weight_decay)
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    optimizers = []
+    for unit in _units(model):
+        own = [{**group_of[id(parameter)], "params": [parameter]} for parameter in unit]
+        optimizers.append(optimizer_cls(own, lr=lr, **kwargs))  # type: ignore[call-arg]
+        _step_when_complete(optimizers[-1], unit)
+    return optimizers
+
+
+def _units(model: nn.Module) -> list[list[nn.Parameter]]:
+    """What has to be stepped together: what an update trains; every other parameter by itself."""
+    updates = [module for module in model.modules() if isinstance(module, SpectralUpdate)]
+    units = [[value for _, value in update.trained_parameters() if value.requires_grad] for update in updates]
+    taken = {id(parameter) for unit in units for parameter in unit}
+    others = [[value] for value in model.parameters() if value.requires_grad and id(value) not in taken]
+    return [unit for unit in units + others if unit]
+
+
+def _step_when_complete(optimizer: Optimizer, unit: list[nn.Parameter]) -> None:
+    def step(_: nn.Parameter) -> None:
+        if all(parameter.grad is not None for parameter in unit):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for parameter in unit:
+        parameter.register_post_accumulate_grad_hook(step)
+
+
 def _roles(model: nn.Module) -> dict[int, str]:
     """What the trained parameters of the updates are, by their identity: "factor" if orthonormal, or "value"."""
     roles = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from spectral_peft.update import SpectralUpdate
 # In the order of their creation, which is that of the layers: what is computed for many updates at once is then the
 # same on every process and after a resume. A WeakSet has no order.
 _driven: WeakKeyDictionary[SpectralUpdate, None] = WeakKeyDictionary()
+_drives = 0
+# By optimizer: the calls of `drive` and the number of its parameters when it was looked at, and what it moves.
+_updates_of: WeakKeyDictionary[Optimizer, tuple[tuple[int, int], list[ReferenceType[SpectralUpdate]]]] = (
+    WeakKeyDictionary()
+)
 
 
 def drive(updates: Iterable[SpectralUpdate]) -> None:
@@ -26,6 +31,8 @@ def drive(updates: Iterable[SpectralUpdate]) -> None:
     Through torch's global optimizer hooks, so that Trainer, TRL, accelerate and bare loops need no code for it, and
     steps that a GradScaler skips are not counted.
     """
+    global _drives
+    _drives += 1
     _driven.update((update, None) for update in updates if update.scheduled)
 
 
@@ -33,11 +40,21 @@ def steps_of(optimizer: Optimizer) -> Iterator[SpectralUpdate]:
     """The driven updates whose parameters this optimizer moves."""
     if not _driven:
         return
-    held = {id(value) for group in optimizer.param_groups for value in group["params"]}
-    for update in list(_driven):
-        first = next((value for _, value in update.trained_parameters()), None)
-        if first is not None and first.requires_grad and id(first) in held:
+    # Noted per optimizer: a loop that has one for each layer would look through all updates for each of them.
+    seen = _drives, sum(len(group["params"]) for group in optimizer.param_groups)
+    known = _updates_of.get(optimizer)
+    if known is None or known[0] != seen:
+        held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+        updates = [ref(update) for update in _driven if id(_first_parameter(update)) in held]
+        known = _updates_of[optimizer] = (seen, updates)
+    for reference in known[1]:
+        update = reference()
+        if update is not None and _first_parameter(update).requires_grad:
             yield update
+
+
+def _first_parameter(update: SpectralUpdate) -> nn.Parameter:
+    return next(value for _, value in update.trained_parameters())
 
 
 @torch.no_grad()

@@ -91,14 +91,14 @@ class SCT(SpectralUpdate):
         """
         digest = hashlib.sha256(f"{self.seed} {self.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        U, V = (
-            cholesky_qr_retraction(
-                torch.randn(X.shape, generator=generator).to(X.device, torch.promote_types(X.dtype, torch.float32))
-            )
-            for X, _ in self.points()
-        )
-        s = std * math.sqrt(len(U) * len(V) / self.r)
-        self.start_(Factors(U, torch.full_like(self.S.weight, s), V.mT))
+        for X, _ in self.points():
+            X.copy_(torch.randn(X.shape, generator=generator, dtype=torch.promote_types(X.dtype, torch.float32)))
+        retract_(self.points(), "cholesky_qr")
+        m, n = len(self.U.weight), self.Vh.weight.shape[1]
+        self.S.weight.fill_(std * math.sqrt(m * n / self.r))
+        self.dS.weight.zero_()
+        if self.rule.every > 1:
+            self.step.zero_()
 
     def is_started(self) -> bool:
         """By U: all singular values of a zero weight are zero."""
@@ -236,6 +236,7 @@ class SCTConfig(SpectralConfig):
     )
     absorb: bool = field(default=False, metadata={"help": "Whether a retraction leaves the weight as it is."})
     init: str = field(default="svd", metadata={"help": "'svd' or 'random'."})
+    init_std: float | None = field(default=None, metadata={"help": "Scale of a random start; None: the weight's."})
     keep_base_weight: bool = field(default=False, metadata={"help": "False frees the base weight that SCT replaces."})
     seed: int = field(default=0, metadata={"help": "Seed of the random start."})
 
@@ -255,7 +256,7 @@ class SCTConfig(SpectralConfig):
             super().start_(update, weight)
             return
         assert isinstance(update, SCT)
-        update.start_random_(root_mean_square(weight))
+        update.start_random_(root_mean_square(weight) if self.init_std is None else self.init_std)
 
     def build(self, size: Size) -> SCT:
         riemannian = self.gradient == "riemannian"
