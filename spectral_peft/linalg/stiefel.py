@@ -116,11 +116,12 @@ def polar_transform(
     """
     scale = G.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    Y, Z, residual = G / scale, identity, distance
-    while residual > torch.finfo(G.dtype).eps / 4:
+    Y = G / scale
+    step = Z = (3 * identity - Y) / 2
+    while (distance := 0.75 * distance**2 + 0.25 * distance**3) > torch.finfo(G.dtype).eps / 4:
+        Y = Y @ step
         step = (3 * identity - Z @ Y) / 2
-        Y, Z = Y @ step, step @ Z
-        residual = 0.75 * residual**2 + 0.25 * residual**3
+        Z = step @ Z
     return Z / scale.sqrt()
 
 
