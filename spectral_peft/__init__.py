@@ -3,8 +3,10 @@
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
+from spectral_peft.factored import build_factored, load_factored, save_factored
+from spectral_peft.merged import export_merged
 from spectral_peft.model import SpectralModel, register
-from spectral_peft.optim import create_spectral_optimizer, parameter_groups
+from spectral_peft.optim import create_spectral_optimizer, parameter_groups, step_in_backward
 from spectral_peft.report import ParameterReport, parameter_report, untargeted_modules
 from spectral_peft.tuners import (
     SCT,
@@ -44,10 +46,15 @@ __all__ = [
     "SpectralError",
     "SpectralModel",
     "SpectralUpdate",
+    "build_factored",
     "create_spectral_optimizer",
     "export_lora",
+    "export_merged",
+    "load_factored",
     "parameter_groups",
     "parameter_report",
     "register",
+    "save_factored",
+    "step_in_backward",
     "untargeted_modules",
 ]

@@ -123,7 +123,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         weight = self.effective_weight()
         with one_thread_if_small(weight):
             config.start_(update, weight)
-            update.take_fingerprint_(weight)
+            if not weight.is_meta:  # there was no weight that a checkpoint could belong to
+                update.take_fingerprint_(weight)
         if not config.init_weights:
             update.perturb_()
 
@@ -153,7 +154,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     def check_base(self, adapter_name: str, fingerprint: Tensor) -> None:
         """Raises SpectralError if the adapter with this fingerprint was trained on another base weight."""
         of_base = fingerprint[0].cpu().view(torch.float32)
-        if not self.configs[adapter_name].check_base or self.merged or self.is_freed:
+        if not self.configs[adapter_name].check_base or self.merged or self.is_freed or not of_base.any():
             return
         if not same_matrix(of_base, sketch(self.effective_weight()).cpu(), SAME_BASE):
             raise SpectralError(
@@ -271,28 +272,32 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         return not self.is_freed
 
     @torch.no_grad()
+    def merged_weight(self, adapter_name: str) -> Tensor:
+        """The base weight with this adapter merged, in its own shape and dtype, as a new tensor."""
+        update, base = self.update_of(adapter_name), self.base_parameter
+        self.settle(adapter_name)
+        if update is not None and update.replaces:
+            matrix = update.matrix()
+            return (matrix.mT if self.weight_is_transposed else matrix).to(base.dtype).contiguous()
+        # The sum is rounded to the base's dtype once; adding a rounded change would round twice.
+        return (base + self.get_delta_weight(adapter_name)).to(base.dtype)
+
+    @torch.no_grad()
     def _merge_one_(self, adapter_name: str, safe: bool) -> None:
         update = self.update_of(adapter_name)
         if update is None:
             return
-        self.settle(adapter_name)
-        base = self.base_parameter
-        if update.replaces:
-            matrix = update.matrix()
-            merged = (matrix.mT if self.weight_is_transposed else matrix).to(base.dtype).contiguous()
-        else:
-            # The sum is rounded to the base's dtype once; adding a rounded change would round twice.
-            merged = base + self.get_delta_weight(adapter_name)
+        merged = self.merged_weight(adapter_name)
         if safe and not torch.isfinite(merged).all():
             raise ValueError(
                 f"{self.key}: NaN or Inf in the weights merged with adapter '{adapter_name}', which seems to be "
                 "broken; nothing was merged into this layer."
             )
         if update.replaces:
-            self.unmerged_weight = base
+            self.unmerged_weight = self.base_parameter
             self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
         else:
-            base.copy_(merged)
+            self.base_parameter.copy_(merged)
         self.merged_adapters.append(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

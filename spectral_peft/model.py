@@ -52,7 +52,7 @@ class SpectralModel(BaseTuner):
             del self._progress
         # Only now: had a later layer failed, the weights of the earlier ones would be lost.
         for _, layer, update in adapter_updates(model, adapter_name):
-            if update.frees_base and layer.settled[adapter_name]:
+            if update.frees_base and (layer.settled[adapter_name] or layer.base_parameter.is_meta):
                 layer.free_base_weight_()
         if self._clamped:
             warnings.warn(

@@ -152,7 +152,7 @@ def _step_when_complete(optimizer: Optimizer, unit: list[nn.Parameter]) -> None:
             optimizer.zero_grad()
 
     for parameter in unit:
-        parameter.register_post_accumulate_grad_hook(step)
+        parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
 
 
 def _roles(model: nn.Module) -> dict[int, str]:

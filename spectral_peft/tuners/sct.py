@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import Factors, cholesky_qr_retraction, svd_of_product, tangent_projection
+from spectral_peft.linalg import Factors, svd_of_product, tangent_projection
 from spectral_peft.linalg.precision import working_copy
 from spectral_peft.model import register
 from spectral_peft.retraction import RETRACTIONS, Point, diverged, measured, retract_
@@ -220,6 +220,8 @@ class SCTConfig(SpectralConfig):
             reset each time: only sensible with a large `retract_every` or a `retract_tolerance`.
         init: "svd", the leading triplets of the weight; or "random": random orthonormal U and Vh, and equal singular
             values with which the Frobenius norm is that of the weight, for training from scratch.
+        init_std: Standard deviation that the entries of the dense weight would have, for a random start; None means
+            that of the base weight.
         keep_base_weight: False frees the base weight. True keeps it, unused, so that `disable_adapter`, `unload` and
             other adapters work.
         seed: Seed of the random start.
@@ -246,6 +248,8 @@ class SCTConfig(SpectralConfig):
         self._check_choice("gradient", ("euclidean", "riemannian"))
         self._check_choice("init", ("svd", "random"))
         self._check_least("retract_every", 1)
+        if self.init_std is not None and not self.init_std > 0:
+            raise ValueError(f"`init_std` should be positive, or None for that of the weight, got {self.init_std}.")
         if self.retract_tolerance is not None and not self.retract_tolerance > 0:
             raise ValueError(f"`retract_tolerance` should be positive, or None, got {self.retract_tolerance}.")
         if not self.save_start:

@@ -1,0 +1,141 @@
+"""Models whose weights exist as factors only: built from a config, saved and loaded without a dense weight."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from spectral_peft.config import SpectralConfig
+from spectral_peft.report import untargeted_modules
+
+
+BASE = "base"
+"""Subfolder of a factored checkpoint with the config of the model: beside adapter_config.json, transformers would take
+a config.json for that of a model whose dense weights are there too."""
+
+
+def build_factored(
+    model_config: PretrainedConfig,
+    config: SpectralConfig,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    device: torch.device | str | None = None,
+) -> PeftModel:
+    """A model with the architecture of `model_config` whose targeted weights exist as factors only.
+
+    The model is built on the meta device, gets its adapter there, and what the adapter does not replace is then
+    allocated and initialized as transformers does. The factors start at random, with the scale of the dense
+    initialization. Everything trains and is saved with the adapter: `modules_to_save` is set to what is not targeted,
+    unless `config` names others.
+
+    Args:
+        model_config: For example `AutoConfig.from_pretrained(...)`, or a `LlamaConfig`.
+        config: An `SCTConfig` with `init="random"`. It is copied; its `init_std`, if None, becomes that of
+            `model_config`, such as its `initializer_range`.
+        auto_class: The class whose `from_config` builds the model.
+        device: Where what is not factored goes; None is the default device.
+
+    Raises:
+        ValueError: weights of the model are tied, such as those of embedding and head.
+        SpectralError: the method of `config` cannot start without a weight.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    with torch.device("meta"):
+        base = auto_class.from_config(model_config)
+    config = copy.deepcopy(config)
+    _refuse_tied(base)
+    if getattr(config, "init_std", 0.0) is None:
+        config.init_std = _initial_std(model_config)  # type: ignore[attr-defined]
+    if config.modules_to_save is None:
+        config.modules_to_save = _untouched(base, config)
+    with device:
+        model: PeftModel = get_peft_model(base, config)
+        materialize_(model, device)
+    return model
+
+
+def _initial_std(model_config: PretrainedConfig) -> float:
+    """The standard deviation of linear layers, looked up as `PreTrainedModel._init_weights` does."""
+    config = model_config.get_text_config()
+    names = ("initializer_range", "init_std", "initializer_factor")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), 0.02)
+
+
+def _untouched(model: nn.Module, config: SpectralConfig) -> list[str]:
+    """The last names of the modules that hold parameters and take no adapter."""
+    if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return untargeted_modules(model)
+    targeted = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    holders = (name for name, module in model.named_modules() if list(module.parameters(recurse=False)))
+    return sorted({name.rpartition(".")[2] for name in holders if name not in targeted})
+
+
+def save_factored(model: PeftModel, folder: str | Path) -> None:
+    """Saves a model of `build_factored`: its adapter as `save_pretrained` does, and the config of the model beside it.
+
+    Args:
+        model: What to save.
+        folder: Gets adapter_model.safetensors, adapter_config.json and base/config.json.
+    """
+    model.save_pretrained(str(folder))
+    base: Any = model.get_base_model()
+    base.config.save_pretrained(str(Path(folder, BASE)))
+
+
+def load_factored(
+    folder: str | Path, *, auto_class: Any = AutoModelForCausalLM, device: torch.device | str | None = None
+) -> PeftModel:
+    """Loads what `save_factored` saved, to train on or to generate; no dense weight is allocated.
+
+    Raises:
+        FileNotFoundError: `folder` holds no such model.
+        SpectralError: a tensor is missing or does not fit.
+    """
+    config_file = Path(folder, BASE, CONFIG_NAME)
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no factored model: there is no {config_file}. `save_factored` saves one; an adapter of a "
+            "model that exists without it loads with `PeftModel.from_pretrained`."
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    model = build_factored(
+        AutoConfig.from_pretrained(str(config_file.parent)), config, auto_class=auto_class, device=device
+    )
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    return model
+
+
+def _refuse_tied(model: PreTrainedModel) -> None:
+    if model.all_tied_weights_keys:
+        pairs = ", ".join(f"{one} and {other}" for one, other in sorted(model.all_tied_weights_keys.items()))
+        raise ValueError(
+            f"Weights of the model are tied ({pairs}), which train apart from each other here. Set "
+            "`tie_word_embeddings=False` in the config of the model."
+        )
+
+
+@torch.no_grad()
+def materialize_(model: nn.Module, device: torch.device | str) -> None:
+    """Allocates what is on the meta device, and initializes it as the transformers model that it is part of does."""
+
+    def visit(module: nn.Module, owner: PreTrainedModel | None) -> None:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for child in module.children():
+            visit(child, owner)
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in tensors):
+            module.to_empty(device=device, recurse=False)
+            if owner is not None:
+                owner._init_weights(module)
+
+    visit(model, None)

@@ -1,0 +1,159 @@
+"""The way back to dense weights, one shard of a checkpoint at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from spectral_peft.errors import SpectralError
+from spectral_peft.layer import SpectralLinear
+
+
+class _Entry(NamedTuple):
+    """A tensor of the dense checkpoint that is not there yet."""
+
+    name: str
+    bytes: int
+    make: Callable[[], Tensor]
+
+
+@torch.no_grad()
+def export_merged(
+    model: PeftModel,
+    folder: str | Path,
+    adapter_name: str = "default",
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Saves the dense model with an adapter merged, as `AutoModel...from_pretrained` loads it without this package.
+
+    Weights are merged, written and forgotten shard by shard: beside the model, memory holds one shard. The model is
+    left as it is. A folder that could not be finished is removed.
+
+    Args:
+        model: A model with spectral adapters, factored ones included.
+        folder: Gets config.json and model.safetensors, or several of these with their index. It should not exist, or
+            be empty.
+        adapter_name: The adapter to merge.
+        dtype: That of the saved weights; None leaves each in the dtype of its base weight.
+        shard_bytes: Size above which a new file begins.
+
+    Raises:
+        ValueError: the model has no such spectral adapter.
+        SpectralError: `folder` holds something, or could not be written, because the disk is full for example.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise SpectralError(f"{folder} is not empty. Export to a new folder, so that nothing there is lost.")
+    base: Any = model.get_base_model()
+    entries = list(_entries(base, adapter_name, dtype))
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _config(base, entries).save_pretrained(str(folder))
+        _write(_shards(entries, shard_bytes), folder)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir()
+        if isinstance(error, OSError) or "I/O error" in str(error):  # safetensors wraps the errors of the disk
+            raise SpectralError(f"The merged model could not be written to {folder}: {error}") from error
+        raise
+
+
+def _config(base: Any, entries: list[_Entry]) -> Any:
+    """The config of the model, which no longer ties weights if training has made them differ."""
+    config = copy.deepcopy(base.config)
+    if base.all_tied_weights_keys.keys() & {entry.name for entry in entries}:
+        config.tie_word_embeddings = False
+    return config
+
+
+def _entries(base: Any, adapter_name: str, dtype: torch.dtype | None) -> Iterator[_Entry]:
+    """The state dict of the dense model, in its order; no weight is merged yet."""
+    layers = [module for module in base.modules() if isinstance(module, SpectralLinear)]
+    if not any(adapter_name in layer.configs for layer in layers):
+        raise ValueError(f"The model has no spectral adapter named '{adapter_name}'.")
+    tensors = {name: (value, make) for name, value, make in _tensors(base, "", adapter_name)}
+    for name, (value, make) in tensors.items():
+        source = base.all_tied_weights_keys.get(name)
+        if source not in tensors or not _is_same(make(), tensors[source][1]()):
+            target = value.dtype if dtype is None or not value.is_floating_point() else dtype
+            yield _Entry(name, value.numel() * target.itemsize, partial(_as, make, target))
+
+
+def _as(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    return make().to("cpu", dtype).contiguous()
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
+
+
+Named = Iterator[tuple[str, Tensor, Callable[[], Tensor]]]
+
+
+def _tensors(module: nn.Module, prefix: str, adapter_name: str) -> Named:
+    """Name, a tensor of the shape and dtype, and the tensor's maker, for what the dense `module` would save."""
+    if isinstance(module, ModulesToSaveWrapper):
+        trained = adapter_name in module.modules_to_save
+        copied = module.modules_to_save[adapter_name] if trained else module.original_module
+        yield from _tensors(copied, prefix, adapter_name)
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        raise SpectralError(f"{prefix[:-1]}: token embeddings that were trained apart need `merge_and_unload`.")
+    elif isinstance(module, SpectralLinear):
+        yield from _merged_tensors(module, prefix, adapter_name)
+    else:
+        kept = set(module.state_dict(keep_vars=True))
+        own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        yield from ((f"{prefix}{name}", value, value.detach) for name, value in own.items() if name in kept)
+        for name, child in module.named_children():
+            yield from _tensors(child, f"{prefix}{name}.", adapter_name)
+
+
+def _merged_tensors(layer: SpectralLinear, prefix: str, adapter_name: str) -> Named:
+    for name, value, make in _tensors(layer.get_base_layer(), prefix, adapter_name):
+        if name == f"{prefix}weight" and layer.update_of(adapter_name) is not None:
+            dense = torch.empty(layer.out_features, layer.in_features, dtype=value.dtype, device="meta")
+            yield name, dense, partial(layer.merged_weight, adapter_name)
+        else:
+            yield name, value, make
+
+
+def _shards(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
+    """The entries in order, in files of at most this size; a larger tensor has one for itself."""
+    shards: list[list[_Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    return shards
+
+
+def _write(shards: list[list[_Entry]], folder: Path) -> None:
+    total, places = sum(entry.bytes for shard in shards for entry in shard), {}
+    with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, delay=2) as progress:
+        for number, shard in enumerate(shards, start=1):
+            file = SAFE_WEIGHTS_NAME
+            if len(shards) > 1:
+                file = SAFE_WEIGHTS_NAME.replace(".", f"-{number:05d}-of-{len(shards):05d}.", 1)
+            save_file({entry.name: entry.make() for entry in shard}, folder / file, metadata={"format": "pt"})
+            places.update({entry.name: file for entry in shard})
+            progress.update(sum(entry.bytes for entry in shard))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))

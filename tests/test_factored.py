@@ -1,0 +1,166 @@
+"""A factored model is built from a config without any dense weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig, Trainer, TrainingArguments
+
+from spectral_peft import (
+    SCTConfig,
+    SpectralError,
+    SSTConfig,
+    build_factored,
+    create_spectral_optimizer,
+    load_factored,
+    parameter_report,
+    save_factored,
+    step_in_backward,
+)
+from spectral_peft.linalg import orthonormality_error
+from tests.models import batch, layers, logits, train_, updates
+from tests.tolerance import tolerance
+
+
+SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = LlamaConfig(vocab_size=200, num_key_value_heads=2, tie_word_embeddings=False, **SIZES)
+OPT = OPTConfig(vocab_size=200, ffn_dim=160, word_embed_proj_dim=96, tie_word_embeddings=False, **SIZES)
+GPT2 = GPT2Config(vocab_size=200, n_embd=96, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False)
+TIED = LlamaConfig(vocab_size=200, tie_word_embeddings=True, **SIZES)
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation gives on a real device."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not out.is_meta:
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
+def sct(**fields: Any) -> SCTConfig:
+    return SCTConfig(**{"r": 4, "target_modules": EVERYTHING, "init": "random", **fields})
+
+
+def test_no_dense_weight_is_ever_allocated() -> None:
+    with Allocations() as allocations:
+        model = build_factored(LLAMA, sct())
+    assert allocations.largest == 200 * 4 * 4
+    train_(model, lr=1e-3, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "targets"), [(LLAMA, "all-linear"), (OPT, ["q_proj", "fc1", "fc2"]), (GPT2, ["c_attn", "c_fc"])]
+)
+def test_everything_is_there_trains_and_comes_back(model_config: Any, targets: Any, tmp_path: Path) -> None:
+    model = build_factored(model_config, sct(target_modules=targets))
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+    model.to("cpu")
+    start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    train_(model, lr=1e-2)
+    moved = {name for name, value in model.named_parameters() if name in start and not torch.equal(value, start[name])}
+    assert set(start) - moved <= {name for name in start if "bias" in name}
+    save_factored(model, tmp_path)
+    with Allocations() as allocations:
+        reloaded = load_factored(tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert {name for name, value in reloaded.named_parameters() if value.requires_grad} == set(start)
+    if model_config is LLAMA:
+        assert allocations.largest == 200 * 96 * 4  # the embedding, which was not targeted
+    train_(reloaded, lr=1e-3)
+
+
+def test_what_is_not_factored_starts_as_transformers_starts_it() -> None:
+    torch.manual_seed(3)
+    model = build_factored(LLAMA, sct(target_modules=["q_proj"])).base_model.model
+    dense = LlamaForCausalLM(LLAMA)
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Linear) and "q_proj" not in name:
+            weight = model.get_submodule(name).weight if "lm_head" not in name else model.lm_head.weight
+            assert float(weight.std()) == pytest.approx(float(module.weight.std()), rel=0.05)
+    assert torch.equal(model.model.rotary_emb.inv_freq, dense.model.rotary_emb.inv_freq)
+    assert torch.equal(model.model.norm.weight, dense.model.norm.weight)
+
+
+def test_outputs_have_the_scale_of_the_dense_initialization() -> None:
+    model = build_factored(LLAMA, sct(r=32))
+    x = torch.randn(500, 96)
+    for update in updates(model):
+        matrix = update.matrix()
+        assert float(matrix.square().mean().sqrt()) == pytest.approx(LLAMA.initializer_range, rel=1e-3)
+        if matrix.shape[1] == 96:
+            dense = torch.randn_like(matrix) * LLAMA.initializer_range
+            assert float((x @ matrix.T).std()) == pytest.approx(float((x @ dense.T).std()), rel=0.2)
+        assert orthonormality_error(update.U.weight) < tolerance(torch.float32, 200)
+
+
+def test_it_does_not_depend_on_the_global_seed_but_on_its_own() -> None:
+    first, second, other = (build_factored(LLAMA, sct(seed=seed)) for seed in (0, 0, 1))
+    one, two, three = (
+        torch.cat([update.U.weight.flatten() for update in updates(model)]) for model in (first, second, other)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+
+
+def test_the_trainer_trains_it(tmp_path: Path) -> None:
+    model = build_factored(LLAMA, sct())
+    rows = [{"input_ids": ids, "labels": ids} for ids in batch().repeat(8, 1)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=30, learning_rate=1e-2, report_to="none", use_cpu=True)
+    before = float(model(input_ids=batch(), labels=batch()).loss)
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert float(model(input_ids=batch(), labels=batch()).loss) < before - 1
+    assert all(orthonormality_error(update.U.weight) < tolerance(torch.float32, 200) for update in updates(model))
+
+
+def test_the_report_counts_what_never_was() -> None:
+    model = build_factored(LLAMA, sct())
+    report = parameter_report(model)
+    assert report.dense == sum(value.numel() for value in LlamaForCausalLM(LLAMA).parameters())
+    assert report.trained == sum(value.numel() for value in model.parameters() if value.requires_grad)
+
+
+def test_a_step_in_backward_is_the_same_step() -> None:
+    """Layer by layer, as soon as its gradients are there, and none is left behind."""
+    one, other = build_factored(LLAMA, sct()), build_factored(LLAMA, sct())
+    other.load_state_dict(one.state_dict())
+    optimizers = step_in_backward(other, torch.optim.AdamW, lr=1e-2)
+    optimizer = create_spectral_optimizer(one, torch.optim.AdamW, lr=1e-2)
+    assert len(optimizers) > len(list(layers(other)))
+    for step in range(3):
+        ids = batch(seed=step)
+        one(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        other(input_ids=ids, labels=ids).loss.backward()
+        assert all(value.grad is None for value in other.parameters())
+    for (name, expected), value in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "config", "error", "message"),
+    [
+        (LLAMA, sct(init="svd"), SpectralError, r"embed_tokens.*meta device"),
+        (LLAMA, SSTConfig(r=4, target_modules="all-linear"), SpectralError, r"q_proj.*meta device"),
+        (TIED, sct(target_modules=["q_proj"]), ValueError, r"lm_head\.weight and model\.embed_tokens\.weight"),
+        (LLAMA, sct(target_modules=["nothing"]), ValueError, "No modules were targeted"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(model_config: Any, config: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_factored(model_config, config)
+
+
+def test_a_folder_without_a_factored_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no factored model.*save_factored"):
+        load_factored(tmp_path)

@@ -1,0 +1,105 @@
+"""A merged export is an ordinary checkpoint with the function of the adapter, written shard by shard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import spectral_peft.merged
+from spectral_peft import SCTConfig, SpectralError, SVFitConfig, build_factored, export_merged
+from tests.methods import Method
+from tests.models import gpt2, llama, logits, train_
+from tests.test_factored import GPT2, LLAMA, sct
+from tests.tolerance import tolerance
+
+
+FUNCTION = tolerance(torch.float32, 64)
+
+
+@pytest.mark.parametrize("base", [llama, gpt2])
+def test_transformers_loads_the_merged_model(method: Method, base: type, tmp_path: Path) -> None:
+    targets = ["c_attn", "c_fc"] if base is gpt2 else "all-linear"
+    model = get_peft_model(
+        base(), method(target_modules=targets, modules_to_save=["lm_head"] if base is llama else None)
+    )
+    train_(model, method.lr)
+    expected = logits(model)
+    export_merged(model, tmp_path)
+    assert torch.equal(logits(model), expected)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(merged), expected, rtol=FUNCTION, atol=FUNCTION)
+
+
+def test_a_head_that_was_trained_apart_from_its_embedding_is_not_tied_again(tmp_path: Path) -> None:
+    model = get_peft_model(gpt2(), SVFitConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"]))
+    train_(model, 1e-2)
+    export_merged(model, tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), logits(model), rtol=FUNCTION, atol=FUNCTION)
+
+
+@pytest.mark.parametrize("model_config", [LLAMA, GPT2])
+def test_a_factored_model_becomes_dense(model_config: object, tmp_path: Path) -> None:
+    targets = ["q_proj", "up_proj", "embed_tokens", "lm_head"] if model_config is LLAMA else ["c_attn", "c_fc"]
+    model = build_factored(model_config, sct(target_modules=targets))
+    train_(model, 1e-2)
+    export_merged(model, tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=FUNCTION, atol=FUNCTION)
+
+
+def test_it_is_written_in_shards_and_memory_holds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(llama(), SCTConfig(r=8, target_modules="all-linear"))
+    written = []
+    save_file = spectral_peft.merged.save_file
+    monkeypatch.setattr(
+        spectral_peft.merged,
+        "save_file",
+        lambda tensors, *rest, **kw: (written.append(tensors), save_file(tensors, *rest, **kw)),
+    )
+    export_merged(model, tmp_path, shard_bytes=20_000)
+    assert len(written) > 3
+    assert all(sum(value.nbytes for value in tensors.values()) <= 20_000 for tensors in written)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(llama().state_dict())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in llama().state_dict().values())
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), rtol=FUNCTION, atol=FUNCTION
+    )
+
+
+def test_another_dtype(tmp_path: Path) -> None:
+    export_merged(
+        get_peft_model(llama(), SVFitConfig(r=4, target_modules="all-linear")), tmp_path, dtype=torch.bfloat16
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {value.dtype for value in merged.parameters()} == {torch.bfloat16}
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(llama(), SVFitConfig(r=4, target_modules="all-linear"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spectral_peft.merged, "save_file", full)
+    with pytest.raises(SpectralError, match=r"could not be written to .*No space left"):
+        export_merged(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    torch.testing.assert_close(logits(model), logits(llama()))
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("yes")
+    model = get_peft_model(llama(), SVFitConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(SpectralError, match="is not empty"):
+        export_merged(model, tmp_path)
+    with pytest.raises(ValueError, match="no spectral adapter named 'other'"):
+        export_merged(model, tmp_path / "out", "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
