@@ -21,8 +21,15 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from spectral_peft import SCT, SCTConfig, build_factored, parameter_groups, step_in_backward
-from spectral_peft.memory import return_freed_memory
+from spectral_peft import (
+    SCT,
+    SCTConfig,
+    build_factored,
+    estimate_memory,
+    parameter_groups,
+    return_freed_memory,
+    step_in_backward,
+)
 
 
 SIZES = {
@@ -64,9 +71,11 @@ def build(arguments: argparse.Namespace) -> nn.Module:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     return_freed_memory()
+    imported = peak_bytes()
     clock, started = Clock(), time.perf_counter()
     model = build(arguments)
     built = time.perf_counter() - started
+    estimate = estimate_memory(model, arguments.tokens, in_backward=arguments.optimizer == "backward")
     rates = {"lr": arguments.lr, "value_lr": 10 * arguments.lr}
     if arguments.optimizer == "backward":
         step_in_backward(model, torch.optim.AdamW, fused=True, **rates)
@@ -104,6 +113,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         "trained": trained,
         "built_seconds": built,
         "peak_gb": peak_bytes() / 1e9,
+        "estimated_gb": (estimate.total + imported) / 1e9,
         "step_seconds": sorted(steps)[len(steps) // 2],
         "seconds": {name: value / arguments.steps for name, value in clock.seconds.items()},
         "losses": losses,

@@ -4,6 +4,7 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
 from spectral_peft.factored import build_factored, load_factored, save_factored
+from spectral_peft.memory import MemoryEstimate, estimate_memory, return_freed_memory
 from spectral_peft.merged import export_merged
 from spectral_peft.model import SpectralModel, register
 from spectral_peft.optim import create_spectral_optimizer, parameter_groups, step_in_backward
@@ -31,6 +32,7 @@ __all__ = [
     "SST",
     "Diagonal",
     "Factor",
+    "MemoryEstimate",
     "ParameterReport",
     "PiSSA",
     "PiSSAConfig",
@@ -48,12 +50,14 @@ __all__ = [
     "SpectralUpdate",
     "build_factored",
     "create_spectral_optimizer",
+    "estimate_memory",
     "export_lora",
     "export_merged",
     "load_factored",
     "parameter_groups",
     "parameter_report",
     "register",
+    "return_freed_memory",
     "save_factored",
     "step_in_backward",
     "untargeted_modules",

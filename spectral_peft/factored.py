@@ -42,7 +42,7 @@ def build_factored(
         config: An `SCTConfig` with `init="random"`. It is copied; its `init_std`, if None, becomes that of
             `model_config`, such as its `initializer_range`.
         auto_class: The class whose `from_config` builds the model.
-        device: Where what is not factored goes; None is the default device.
+        device: None is the default device. "meta" allocates nothing at all, for `estimate_memory`.
 
     Raises:
         ValueError: weights of the model are tied, such as those of embedding and head.
@@ -59,7 +59,8 @@ def build_factored(
         config.modules_to_save = _untouched(base, config)
     with device:
         model: PeftModel = get_peft_model(base, config)
-        materialize_(model, device)
+        if device.type != "meta":
+            materialize_(model, device)
     return model
 
 

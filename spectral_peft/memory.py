@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any, NamedTuple
+
+from torch import nn
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,3 +27,53 @@ def return_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(name, _BYTES) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes that training takes, by what they are for; `total` is the sum.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: Those of all trained parameters; with the step in backward those of the largest module.
+        optimizer: Two moments of each trained parameter, in its dtype.
+        activations: What the forward pass saves with gradient checkpointing, the logits with their softmax and
+            gradient, and one layer that is computed again.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value / 1e9:,.2f}" for name, value in self._asdict().items())
+        return f"{self.total / 1e9:,.2f} GB: {parts}"
+
+
+def estimate_memory(model: nn.Module, tokens: int, *, in_backward: bool = False) -> MemoryEstimate:
+    """What a step of training will take with gradient checkpointing and AdamW, from the shapes alone.
+
+    A model on the meta device will do: ``build_factored(..., device="meta")``. What the process itself takes, about
+    0.4 GB for Python, torch and transformers, comes on top.
+
+    Args:
+        model: A transformers model, with or without an adapter.
+        tokens: Tokens in a batch: rows times length.
+        in_backward: Whether `step_in_backward` is used.
+    """
+    trained = [value for value in model.parameters() if value.requires_grad]
+    gradients = [value.numel() * value.element_size() for value in trained]
+    stored = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+    floats = tokens * (config.num_hidden_layers * width + 3 * config.vocab_size + 4 * inner + 8 * width)
+    return MemoryEstimate(
+        weights=stored,
+        gradients=max(gradients, default=0) if in_backward else sum(gradients),
+        optimizer=2 * sum(gradients),
+        activations=4 * floats,
+    )

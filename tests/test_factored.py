@@ -17,6 +17,7 @@ from spectral_peft import (
     SSTConfig,
     build_factored,
     create_spectral_optimizer,
+    estimate_memory,
     load_factored,
     parameter_report,
     save_factored,
@@ -164,3 +165,25 @@ def test_what_cannot_be_built_is_refused(model_config: Any, config: Any, error: 
 def test_a_folder_without_a_factored_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no factored model.*save_factored"):
         load_factored(tmp_path)
+
+
+def test_memory_is_estimated_without_allocating_any() -> None:
+    with Allocations() as allocations:
+        planned = build_factored(LLAMA, sct(), device="meta")
+    assert allocations.largest < 1000
+    estimate, real = estimate_memory(planned, tokens=64), build_factored(LLAMA, sct())
+    assert estimate == estimate_memory(real, tokens=64)
+    trained = sum(value.nbytes for value in real.parameters() if value.requires_grad)
+    assert estimate.gradients == trained
+    assert estimate.optimizer == 2 * trained
+    assert estimate_memory(real, tokens=64, in_backward=True).gradients == 200 * 4 * 4
+    assert estimate_memory(real, tokens=128).activations == 2 * estimate.activations
+
+
+def test_llama_3_70b_at_rank_32() -> None:
+    """424.3 million numbers in factors, norms and nothing else: 6.79 GB with gradients and two moments."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, tie_word_embeddings=False, **sizes)
+    model = build_factored(config, sct(r=32), device="meta")
+    assert sum(value.numel() for value in model.parameters() if value.requires_grad) == 424_257_088
+    assert pytest.approx(6.79, abs=0.005) == 16 * 424_257_088 / 1e9
