@@ -218,7 +218,10 @@ def counted(update: SCT, steps: int) -> list[int]:
 
 def test_retract_every() -> None:
     assert counted(sct(torch.randn(24, 10)), 4) == [1, 2, 3, 4]
-    assert counted(sct(torch.randn(24, 10), retract_every=3), 10) == [3, 6, 9]
+    update = sct(torch.randn(24, 10), retract_every=3)
+    assert counted(update, 10) == [3, 6, 9]
+    update.start_random_(0.02)  # a new start counts anew
+    assert counted(update, 4) == [3]
 
 
 @pytest.mark.parametrize("absorb", [False, True])
