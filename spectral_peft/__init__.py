@@ -1,6 +1,7 @@
 """Spectral fine-tuning for Hugging Face PEFT. Importing this package registers its methods with PEFT."""
 
-from spectral_peft.config import SpectralConfig
+from spectral_peft.calibration import Calibration, calibrate
+from spectral_peft.config import CalibratedConfig, SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
 from spectral_peft.model import SpectralModel, register
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SST",
+    "CalibratedConfig",
+    "Calibration",
     "Diagonal",
     "Factor",
     "ParameterReport",
@@ -28,6 +31,7 @@ __all__ = [
     "SpectralError",
     "SpectralModel",
     "SpectralUpdate",
+    "calibrate",
     "export_lora",
     "parameter_report",
     "register",

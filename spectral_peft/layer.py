@@ -121,7 +121,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         """Starts `update` from the base weight."""
         weight = self.effective_weight()
         with one_thread_if_small(weight):
-            update.start_(config.decompose(weight, update.r))
+            update.start_(config.decompose(weight, update.r, self.key))
             update.take_fingerprint_(weight)
         if not config.init_weights:
             update.perturb_()
@@ -215,7 +215,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             result: Tensor = self.base_layer(x, *args, **kwargs)
             dtype = result.dtype
         else:
-            result = torch.zeros((), device=x.device) if self.bias is None else self.bias
+            bias = getattr(self.get_base_layer(), "bias", None)  # nn.Embedding has no such attribute
+            result = torch.zeros((), device=x.device) if bias is None else bias
             dtype = compute_dtype(x, self.base_parameter)
         for adapter_name in self.active_adapters:
             change = self.change(adapter_name, x)
