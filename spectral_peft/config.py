@@ -250,7 +250,7 @@ class SpectralConfig(PeftConfig, ABC):
         return r
 
     def spectrum(self, weight: Tensor, key: str = "") -> Tensor:
-        """Returns the values whose squares energies and budgets count, descending: the singular values of `weight`."""
+        """Returns the values that energies and budgets count, descending: the singular values of `weight`."""
         return singular_values(weight)
 
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
@@ -273,8 +273,8 @@ class CalibratedConfig(SpectralConfig):
     """Base of the configs of methods that put factors in the place of the weight, and may know its inputs.
 
     Without a calibration the factors are the leading triplets, the best approximation for inputs of which nothing is
-    known. With one they are the best for inputs like those it has seen, and energies and budgets count the part of
-    the output's second moment that each triplet holds.
+    known. With one they are the best for inputs like those it has seen, and energies and budgets count the singular
+    values of W C^(1/2), whose squares are the parts of E||W x||^2.
 
     Args:
         calibration: What `calibrate` has seen of the inputs of the targeted modules; needed when the adapter is added,
