@@ -104,7 +104,7 @@ class SpectralModel(BaseTuner):
         share_budgets_(model, peft_config)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
         return is_targeted(peft_config, key)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

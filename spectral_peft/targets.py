@@ -12,9 +12,12 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 
-def is_targeted(config: Any, key: str) -> bool:
-    """Whether PEFT's fields of `config` name the module `key`, and no budget has left it dense."""
-    return key not in config.dense_modules and bool(check_target_module_exists(config, key))
+def is_targeted(config: Any, key: str) -> Any:
+    """Whether PEFT's fields of `config` name the module `key`, and no budget has left it dense.
+
+    What PEFT answers is passed on as it is: its false values tell an excluded module from one that is not named.
+    """
+    return key not in config.dense_modules and check_target_module_exists(config, key)
 
 
 def targeted_modules(model: nn.Module, config: Any) -> dict[str, nn.Module]:
