@@ -1,6 +1,7 @@
 """Spectral fine-tuning for Hugging Face PEFT. Importing this package registers its methods with PEFT."""
 
-from spectral_peft.config import SpectralConfig
+from spectral_peft.calibration import Calibration, calibrate
+from spectral_peft.config import CalibratedConfig, SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
 from spectral_peft.factored import build_factored, load_factored, save_factored
@@ -30,6 +31,8 @@ __version__ = "0.1.0"
 __all__ = [
     "SCT",
     "SST",
+    "CalibratedConfig",
+    "Calibration",
     "Diagonal",
     "Factor",
     "MemoryEstimate",
@@ -49,6 +52,7 @@ __all__ = [
     "SpectralModel",
     "SpectralUpdate",
     "build_factored",
+    "calibrate",
     "create_spectral_optimizer",
     "estimate_memory",
     "export_lora",

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectral_peft.cache import cached_factors
+from spectral_peft.calibration import Calibration
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import ALGORITHMS, Factors, energy_rank, singular_values, truncated_svd
+from spectral_peft.linalg import ALGORITHMS, Factors, energy_rank, singular_values, truncated_svd, whiten, whitened_svd
 from spectral_peft.update import Size, SpectralUpdate
 
 
@@ -29,7 +30,8 @@ FORMAT_VERSION = 1
 
 Rank = int | float | str
 """64: a number of triplets; 0.25: this fraction of min(out_features, in_features); "energy=0.9": the smallest rank
-that holds this share of the sum of squared singular values."""
+that holds this share of the sum of squared singular values; "budget=0.5": ranks whose factors hold, in all modules
+together, at most this share of the dense parameters."""
 
 
 class SpectralPeftType(str):
@@ -48,40 +50,37 @@ class SpectralPeftType(str):
         return f"SpectralPeftType.{self.value}"
 
 
-def energy_share(r: str) -> float:
-    """Returns s of "energy=s".
+def parse_share(r: str) -> tuple[str, float]:
+    """Returns ("energy", s) for "energy=s", and the same for "budget=s".
 
     Raises:
-        ValueError: `r` is not of this form, or s is not in (0, 1].
+        ValueError: `r` is of neither form, an energy is not in (0, 1], or a budget is not in (0, 1).
     """
     name, _, share = r.partition("=")
+    name = name.strip()
     try:
         value = float(share)
     except ValueError:
         value = -1.0
-    if name.strip() != "energy" or not 0 < value <= 1:
-        raise ValueError(f"`r` as a string should be 'energy=s' with s in (0, 1], such as 'energy=0.9', got {r!r}.")
-    return value
+    if name not in ("energy", "budget") or not 0 < value <= 1 or (name == "budget" and value == 1):
+        raise ValueError(
+            "`r` as a string should be 'energy=s' with s in (0, 1] or 'budget=s' with s in (0, 1), such as "
+            f"'energy=0.9', got {r!r}."
+        )
+    return name, value
 
 
 def check_rank(r: Rank) -> None:
-    """Raises ValueError unless `r` is a positive integer, a fraction in (0, 1] or "energy=s" with s in (0, 1]."""
+    """Raises ValueError unless `r` is a positive integer, a fraction in (0, 1], "energy=s" or "budget=s"."""
     if isinstance(r, str):
-        energy_share(r)
+        parse_share(r)
     elif isinstance(r, float):
         if not 0 < r <= 1:
             raise ValueError(f"`r` as a fraction of min(out_features, in_features) should be in (0, 1], got {r}.")
     elif isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"`r` should be a positive integer, a fraction in (0, 1] or 'energy=s', got {r!r}.")
-
-
-def resolve_rank(r: Rank, weight: Tensor) -> int:
-    """Returns the rank that `r` means for a weight of shape (out_features, in_features); integers are not clamped."""
-    if isinstance(r, str):
-        return energy_rank(singular_values(weight), energy_share(r))
-    if isinstance(r, float):
-        return max(1, round(r * min(weight.shape)))
-    return r
+        raise ValueError(
+            f"`r` should be a positive integer, a fraction in (0, 1], 'energy=s' or 'budget=s', got {r!r}."
+        )
 
 
 def _look_at_tensors(folder: Path) -> None:
@@ -107,15 +106,19 @@ class SpectralConfig(PeftConfig, ABC):
 
     Args:
         r: Number of singular triplets per weight: an integer (more than min(out_features, in_features) is clamped to
-            it, with a warning), a fraction of min(out_features, in_features) in (0, 1], or "energy=0.9" for the
-            smallest rank that holds this share of the sum of squared singular values.
+            it, with a warning), a fraction of min(out_features, in_features) in (0, 1], "energy=0.9" for the
+            smallest rank that holds this share of the sum of squared singular values, or "budget=0.5" for ranks that
+            differ from weight to weight, with factors that hold at most half of the parameters of the weights.
         target_modules: As in `peft.LoraConfig`: list of name endings, a regular expression, or "all-linear"; `None`
             takes LoRA's default for the architecture. nn.Linear, transformers' Conv1D and nn.Embedding.
         exclude_modules: List of name endings, or a regular expression, of modules that are left out.
         layers_to_transform: Indices of the layers that get an adapter; with `target_modules` as a list.
         layers_pattern: Name of the list of layers, where it is not one that PEFT knows.
-        rank_pattern: Ranks of single modules, in any form that `r` takes, by name ending or regular expression. Ranks
-            that an energy stands for are entered here, with the full module name, when the adapter is added.
+        rank_pattern: Ranks of single modules, in any form that `r` takes, by name ending or regular expression. The
+            modules that ask for the same budget share it. Ranks that an energy or a budget stands for are entered
+            here, with the full module name, when the adapter is added.
+        dense_modules: Filled in; full names of the targeted modules that a budget leaves without an adapter, because
+            their factors would not be smaller than the weight.
         dropout: Probability with which the input of the update is dropped (not that of the base layer).
         bias: "none", "all", or "spectral_only" to train the biases of the adapted layers too.
         modules_to_save: Further modules that are trained in full and saved with the adapter, such as a classifier.
@@ -133,7 +136,7 @@ class SpectralConfig(PeftConfig, ABC):
 
     method: ClassVar[str]
 
-    r: Rank = field(default=64, metadata={"help": "Singular triplets: an integer, a fraction, or 'energy=0.9'."})
+    r: Rank = field(default=64, metadata={"help": "Triplets: an integer, a fraction, 'energy=0.9' or 'budget=0.5'."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names to adapt: a list of endings, a regex, or 'all-linear'."}
     )
@@ -148,6 +151,9 @@ class SpectralConfig(PeftConfig, ABC):
     )
     rank_pattern: dict[str, Rank] = field(
         default_factory=dict, metadata={"help": "Ranks of single modules, by name ending or regex."}
+    )
+    dense_modules: list[str] = field(
+        default_factory=list, metadata={"help": "Modules that a budget leaves dense; filled in."}
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the update."})
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'spectral_only'."})
@@ -232,22 +238,86 @@ class SpectralConfig(PeftConfig, ABC):
         return config
 
     def rank_of(self, key: str) -> Rank:
-        """The rank asked for the module `key`: its entry in `rank_pattern`, or `r`."""
+        """The rank asked for the module `key`: its entry in `rank_pattern`, its full name before others; or `r`."""
+        if key in self.rank_pattern:
+            return self.rank_pattern[key]
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), key), self.r)
 
-    def decompose(self, weight: Tensor, r: int) -> Factors:
+    def resolve_rank(self, weight: Tensor, key: str) -> int:
+        """Returns the rank that `rank_of(key)` means for this weight; integers are not clamped.
+
+        Raises:
+            ValueError: it is a budget, which means nothing for one weight alone.
+        """
+        r = self.rank_of(key)
+        if isinstance(r, str):
+            kind, share = parse_share(r)
+            if kind == "budget":
+                raise ValueError(f"{key}: {r!r} was not shared out, since `target_modules` does not name this module.")
+            return energy_rank(self.spectrum(weight, key), share)
+        if isinstance(r, float):
+            return max(1, round(r * min(weight.shape)))
+        return r
+
+    def spectrum(self, weight: Tensor, key: str = "") -> Tensor:
+        """Returns the values that energies and budgets count, descending: the singular values of `weight`."""
+        return singular_values(weight)
+
+    def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         """Returns the triplets of `weight` that an update of rank `r` starts from: the leading ones.
 
-        In float64 where checkpoints leave the vectors out, so that another machine finds the same ones.
+        In float64 where checkpoints leave the vectors out, so that another machine finds the same ones. `key` is the
+        name of the module.
         """
         matrix = weight if self.save_start else weight.double()
-        key = (type(self).__name__, self.svd, str(r), str(matrix.dtype))
-        return cached_factors(weight, key, lambda: truncated_svd(matrix, r, self.svd))
+        parts = (type(self).__name__, self.svd, str(r), str(matrix.dtype))
+        return cached_factors(weight, parts, lambda: truncated_svd(matrix, r, self.svd))
 
-    def start_(self, update: SpectralUpdate, weight: Tensor) -> None:
-        """Starts an update that `build` returned from its weight."""
-        update.start_(self.decompose(weight, update.r))
+    def start_(self, update: SpectralUpdate, weight: Tensor, key: str = "") -> None:
+        """Starts an update that `build` returned from its weight; `key` is the name of the module."""
+        update.start_(self.decompose(weight, update.r, key))
 
     @abstractmethod
     def build(self, size: Size) -> SpectralUpdate:
         """Returns an update of this size whose parameters are all zero."""
+
+
+@dataclass
+class CalibratedConfig(SpectralConfig):
+    """Base of the configs of methods that put factors in the place of the weight, and may know its inputs.
+
+    Without a calibration the factors are the leading triplets, the best approximation for inputs of which nothing is
+    known. With one they are the best for inputs like those it has seen, and energies and budgets count the singular
+    values of W C^(1/2), whose squares are the parts of E||W x||^2.
+
+    Args:
+        calibration: What `calibrate` has seen of the inputs of the targeted modules; needed when the adapter is added,
+            and not saved with it. Further fields are those of `SpectralConfig`.
+    """
+
+    calibration: Calibration | None = field(
+        default=None, metadata={"help": "Second moments of the inputs, from `calibrate`; not saved."}
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but the calibration."""
+        fields: dict[str, Any] = super().to_dict()
+        del fields["calibration"]
+        return fields
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        if self.calibration is not None and not self.save_start:
+            raise ValueError(
+                "`save_start` should be True with a calibration: the start cannot be recomputed from the weight alone."
+            )
+
+    def spectrum(self, weight: Tensor, key: str = "") -> Tensor:
+        if self.calibration is None:
+            return super().spectrum(weight, key)
+        return singular_values(whiten(weight, self.calibration.moment(key)))
+
+    def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
+        if self.calibration is None:
+            return super().decompose(weight, r, key)
+        return whitened_svd(weight, self.calibration.moment(key), r, self.svd)

@@ -122,7 +122,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         """Starts `update` from the base weight."""
         weight = self.effective_weight()
         with one_thread_if_small(weight):
-            config.start_(update, weight)
+            config.start_(update, weight, self.key)
             if not weight.is_meta:  # there was no weight that a checkpoint could belong to
                 update.take_fingerprint_(weight)
         if not config.init_weights:

@@ -16,10 +16,12 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftT
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spectral_peft.budget import share_budgets_
 from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fresh, remove_adapter, start_keys
-from spectral_peft.config import SpectralConfig, SpectralPeftType, resolve_rank
+from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
+from spectral_peft.targets import is_targeted
 
 
 class SpectralModel(BaseTuner):
@@ -41,6 +43,7 @@ class SpectralModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with a progress bar; if it fails, the model is given back as it was."""
         self._clamped: list[str] = []
+        self._energy_ranks: dict[str, int] = {}
         self._progress = tqdm(desc="Starting adapters", unit=" layers", delay=2, leave=False)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -50,6 +53,10 @@ class SpectralModel(BaseTuner):
         finally:
             self._progress.close()
             del self._progress
+        # A checkpoint must know the ranks of its tensors without the spectra. Noted at once: a full name could be the
+        # ending of another one.
+        config: SpectralConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        config.rank_pattern = {**self._energy_ranks, **config.rank_pattern}
         # Only now: had a later layer failed, the weights of the earlier ones would be lost.
         for _, layer, update in adapter_updates(model, adapter_name):
             if update.frees_base and (layer.settled[adapter_name] or layer.base_parameter.is_meta):
@@ -84,15 +91,22 @@ class SpectralModel(BaseTuner):
         self._progress.update()
 
     def _rank(self, config: SpectralConfig, layer: SpectralLinear) -> int:
-        """The rank for this layer, clamped; one that an energy stands for is noted in the config."""
+        """The rank for this layer, clamped; one that an energy stands for is kept for the config."""
         wanted, weight = config.rank_of(layer.key), layer.effective_weight()
-        r = min(resolve_rank(wanted, weight), *weight.shape)
+        r = min(config.resolve_rank(weight, layer.key), *weight.shape)
         if isinstance(wanted, int) and r < wanted:
             self._clamped.append(f"{layer.key} (to {r})")
         if isinstance(wanted, str):
-            # A checkpoint must know the ranks of its tensors without the spectra. The first match counts.
-            config.rank_pattern = {layer.key: r, **config.rank_pattern}
+            self._energy_ranks[layer.key] = r
         return r
+
+    def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """PEFT's hook before the first layer is touched: budgets are about all of them."""
+        share_budgets_(model, peft_config)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
+        return is_targeted(peft_config, key)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Updates start in float32; `autocast_adapter_dtype=False` asks for the dtype of the base weight."""

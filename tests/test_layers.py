@@ -158,6 +158,12 @@ def test_targets(method: Method, fields: dict[str, object], expected: set[str]) 
     assert adapted_names(model) == {f"model.layers.{name}" for name in expected}
 
 
+def test_modules_that_were_excluded_are_not_called_unmatched(method: Method) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no modules were excluded")
+        get_peft_model(llama(), method(target_modules=["q_proj", "k_proj"], exclude_modules=["q_proj"]))
+
+
 def test_all_linear_leaves_the_head_out(method: Method) -> None:
     names = adapted_names(get_peft_model(llama(), method(target_modules="all-linear")))
     assert "lm_head" not in names

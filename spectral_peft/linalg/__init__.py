@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spectral_peft.linalg.allocation import allocate_ranks
 from spectral_peft.linalg.drivers import Factors
 from spectral_peft.linalg.fingerprint import SKETCH_SIZE, same_matrix, sketch
 from spectral_peft.linalg.precision import one_thread_if_small
@@ -22,12 +23,14 @@ from spectral_peft.linalg.svd import (
     svd_of_product,
     truncated_svd,
 )
+from spectral_peft.linalg.whitened import whiten, whitened_svd
 
 
 __all__ = [
     "ALGORITHMS",
     "SKETCH_SIZE",
     "Factors",
+    "allocate_ranks",
     "canonical_signs",
     "cholesky_qr_retraction",
     "effective_rank",
@@ -44,4 +47,6 @@ __all__ = [
     "svd_of_product",
     "tangent_projection",
     "truncated_svd",
+    "whiten",
+    "whitened_svd",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectral_peft.config import SpectralConfig
+from spectral_peft.config import CalibratedConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, svd_of_product, tangent_projection
 from spectral_peft.linalg.precision import working_copy
@@ -201,7 +201,7 @@ class SCT(SpectralUpdate):
 
 @register
 @dataclass
-class SCTConfig(SpectralConfig):
+class SCTConfig(CalibratedConfig):
     """Configuration of SCT, Spectral Compact Training (Kohlberger, 2026, arXiv 2604.00733).
 
     The base weight is given up: memory for weights, gradients and optimizer state is that of the factors. Unless `r`
@@ -218,14 +218,15 @@ class SCTConfig(SpectralConfig):
         absorb: Whether a retraction leaves the weight W = U diag(S) Vh as it is: the new factors are those of its SVD,
             whatever `retraction` says. They are turned against the old ones, so the optimizer state of the layer is
             reset each time: only sensible with a large `retract_every` or a `retract_tolerance`.
-        init: "svd", the leading triplets of the weight; or "random": random orthonormal U and Vh, and equal singular
-            values with which the Frobenius norm is that of the weight, for training from scratch.
+        init: "svd", the leading triplets of the weight, or with a `calibration` the factors that serve its inputs
+            best; or "random": random orthonormal U and Vh, and equal singular values with which the Frobenius norm is
+            that of the weight, for training from scratch.
         init_std: Standard deviation that the entries of the dense weight would have, for a random start; None means
             that of the base weight.
         keep_base_weight: False frees the base weight. True keeps it, unused, so that `disable_adapter`, `unload` and
             other adapters work.
         seed: Seed of the random start.
-            Further fields are those of `SpectralConfig`.
+            Further fields are those of `CalibratedConfig` and `SpectralConfig`.
     """
 
     method: ClassVar[str] = "sct"
@@ -255,9 +256,9 @@ class SCTConfig(SpectralConfig):
         if not self.save_start:
             raise ValueError("`save_start` should be True: the factors of SCT change, they cannot be recomputed.")
 
-    def start_(self, update: SpectralUpdate, weight: Tensor) -> None:
+    def start_(self, update: SpectralUpdate, weight: Tensor, key: str = "") -> None:
         if self.init == "svd":
-            super().start_(update, weight)
+            super().start_(update, weight, key)
             return
         assert isinstance(update, SCT)
         update.start_random_(root_mean_square(weight) if self.init_std is None else self.init_std)

@@ -312,8 +312,8 @@ class SSTConfig(SpectralConfig):
     def _triplets(self, m: int, n: int) -> int:
         return min(m, n, self.pool or m)
 
-    def decompose(self, weight: Tensor, r: int) -> Factors:
-        factors = super().decompose(weight, self._triplets(*weight.shape))
+    def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
+        factors = super().decompose(weight, self._triplets(*weight.shape), key)
         return _scrambled(factors) if self.init == "random" else factors
 
     def build(self, size: Size) -> SST:

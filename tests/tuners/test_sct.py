@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spectral_peft import SCT, RetractionRule, SCTConfig, Size, SpectralError, export_lora
+from spectral_peft import SCT, RetractionRule, SCTConfig, Size, SpectralError, calibrate, export_lora
 from spectral_peft.linalg import orthonormality_error
 from spectral_peft.training import drive
 from tests.models import batch, layers, llama, logits, train_, trainable, updates
@@ -466,3 +466,28 @@ def test_smollm2_with_mlps_of_rank_32() -> None:
     factors = sum(trained_numbers(*value.shape, 32) for value in mlp)
     assert dense == 1_711_376_384
     assert dense - sum(value.numel() for value in mlp) + factors == 527_012_096
+
+
+def test_a_calibrated_start_serves_the_inputs_better() -> None:
+    """And only these: the plain one is the better approximation of the weights."""
+    ids = [batch(seed) for seed in range(4)]
+    calibration = calibrate(llama(), ids, ["up_proj", "gate_proj"])
+    errors, distances = [], []
+    for given in (None, calibration):
+        config = SCTConfig(r=6, target_modules=["up_proj", "gate_proj"], calibration=given)
+        model = get_peft_model(llama(), config)
+        errors.append(float((logits(model, ids[0]) - logits(llama(), ids[0])).norm()))
+        weights = [llama().get_submodule(layer.key).weight for layer in layers(model)]
+        distances.append(sum(float((u.matrix() - W).norm()) for u, W in zip(updates(model), weights, strict=True)))
+    assert errors[1] < 0.9 * errors[0]
+    assert distances[1] > distances[0]
+
+
+def test_a_budget_is_kept(tmp_path: Path) -> None:
+    dense = sum(layer.weight.numel() for layer in llama().modules() if isinstance(layer, nn.Linear)) - 64 * 32
+    model = get_peft_model(llama(), SCTConfig(r="budget=0.4", target_modules="all-linear"))
+    held = sum(value.numel() for update in updates(model) for _, value in update.trained_parameters())
+    held += sum(llama().get_submodule(name).weight.numel() for name in model.peft_config["default"].dense_modules)
+    assert 0.39 * dense < held <= 0.4 * dense
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
