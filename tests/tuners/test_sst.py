@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectral_peft import SST, Size, SpectralError, SSTConfig
+from spectral_peft.enhanced_gradient import dense_is_cheaper
 from spectral_peft.linalg import orthonormality_error
 from tests.models import batch, layers, llama, logits, train_, trainable, updates
 from tests.tolerance import tolerance
@@ -39,10 +40,13 @@ def step(update: SST, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)])
 @pytest.mark.parametrize("gradient", ["enhanced", "default"])
-def test_gradients_are_projections_of_the_dense_gradient(shape: tuple[int, int], gradient: str) -> None:
+@pytest.mark.parametrize("rows", [7, 150])  # by segments, and by way of W
+def test_gradients_are_projections_of_the_dense_gradient(shape: tuple[int, int], gradient: str, rows: int) -> None:
+    assert dense_is_cheaper(rows, *shape, min(shape), 4) == (rows == 150)
     W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(7, shape[1], dtype=torch.float64, requires_grad=True)
-    update, g = sst(W.detach(), gradient=gradient), torch.randn(7, shape[0], dtype=torch.float64)
+    x = torch.randn(3, rows, shape[1], dtype=torch.float64, requires_grad=True)[0]
+    x.retain_grad()
+    update, g = sst(W.detach(), gradient=gradient), torch.randn(rows, shape[0], dtype=torch.float64)
     (x @ W.T).backward(g)
     G, dx = W.grad, x.grad.clone()
     x.grad = None
@@ -56,13 +60,23 @@ def test_gradients_are_projections_of_the_dense_gradient(shape: tuple[int, int],
     torch.testing.assert_close(x.grad, dx)
 
 
-def test_no_gradient_is_computed_that_nobody_asked_for() -> None:
-    update, x = sst(torch.randn(8, 8)), torch.randn(3, 8)
+@pytest.mark.parametrize("rows", [3, 90])
+def test_no_gradient_is_computed_that_nobody_asked_for(rows: int) -> None:
+    update, x = sst(torch.randn(8, 8)), torch.randn(rows, 8)
     update.U.weight.requires_grad_(False)
     update(x).sum().backward()
     assert update.U.weight.grad is None
     assert update.Vh.weight.grad is not None
     assert x.grad is None
+
+
+def test_many_rows_save_their_input_alone() -> None:
+    """No activations in the basis of the triplets: with them a layer would keep twice as much."""
+    update, x, saved = sst(torch.randn(16, 16)), torch.randn(200, 16, requires_grad=True), []
+    own = {value.data_ptr() for value in update.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        update(x)
+    assert sum(t.numel() for t in saved if t.data_ptr() not in own and t.numel() > 16) == x.numel()
 
 
 def test_values_are_clamped_and_vectors_normalized_after_a_step() -> None:
