@@ -2,6 +2,7 @@
 
     python benchmarks/large_model.py --size 70b
     python benchmarks/large_model.py --size 70b --optimizer backward
+    python benchmarks/large_model.py --size 70b --optimizer backward-8bit    # with bitsandbytes
 
 Builds transformers' LlamaForCausalLM of the size on the meta device, factors every projection, the embedding and the
 head at rank 32, and trains on 128 tokens (bytes of a text) with gradient checkpointing. Prints the peak of the
@@ -75,10 +76,17 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     clock, started = Clock(), time.perf_counter()
     model = build(arguments)
     built = time.perf_counter() - started
-    estimate = estimate_memory(model, arguments.tokens, in_backward=arguments.optimizer == "backward")
+    estimate = estimate_memory(model, arguments.tokens, in_backward=arguments.optimizer != "adamw")
+    if arguments.optimizer == "backward-8bit":
+        estimate = estimate._replace(optimizer=estimate.optimizer // 4)
     rates = {"lr": arguments.lr, "value_lr": 10 * arguments.lr}
     if arguments.optimizer == "backward":
         step_in_backward(model, torch.optim.AdamW, fused=True, **rates)
+        optimizer = None
+    elif arguments.optimizer == "backward-8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        step_in_backward(model, AdamW8bit, **rates)
         optimizer = None
     else:
         # Not foreach, which allocates another copy of the gradients.
@@ -123,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b")
-    parser.add_argument("--optimizer", choices=["adamw", "backward"], default="adamw")
+    parser.add_argument("--optimizer", choices=["adamw", "backward", "backward-8bit"], default="adamw")
     parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "README.md")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)

@@ -1,4 +1,4 @@
-"""Pre-training a small Llama from nothing: full rank, LoRA, ReLoRA* and SST on any text file.
+"""Pre-training a small Llama from nothing: full rank, LoRA, ReLoRA*, SST and SCT on any text file.
 
     python benchmarks/pretrain.py --text corpus.txt.gz --arm sst --factor-lr 1e-2
     python benchmarks/pretrain.py --text corpus.txt.gz --table      # what has been run so far
@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spectral_peft import SSTConfig
+from spectral_peft import SCTConfig, SSTConfig
 from spectral_peft.training import reset_state
 
 
@@ -72,13 +72,21 @@ def lora(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
 
 
+def fields(arguments: argparse.Namespace) -> dict[str, object]:
+    return {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.set)}
+
+
 def sst(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
-    fields = {name: json.loads(value) for name, value in (pair.split("=") for pair in arguments.set)}
-    return get_peft_model(model, SSTConfig(r=arguments.r, target_modules="all-linear", **fields))
+    return get_peft_model(model, SSTConfig(r=arguments.r, target_modules="all-linear", **fields(arguments)))
+
+
+def sct(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
+    chosen = {"init": "random", **fields(arguments)}
+    return get_peft_model(model, SCTConfig(r=arguments.r, target_modules="all-linear", **chosen))
 
 
 ARMS: dict[str, Callable[[nn.Module, argparse.Namespace], nn.Module]] = {
-    "full": full, "lora": lora, "relora": lora, "sst": sst,
+    "full": full, "lora": lora, "relora": lora, "sst": sst, "sct": sct,
 }  # fmt: skip
 
 
@@ -185,8 +193,8 @@ def main() -> None:
         "--lr", type=float, default=3e-3, help="of embeddings, head and norms; of everything in 'full'"
     )
     parser.add_argument("--factor-lr", type=float, default=3e-3, help="of the factors of the projections")
-    parser.add_argument("--value-lr", type=float, default=0.0, help="of SST's singular values; 0: as the factors")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="a field of SSTConfig")
+    parser.add_argument("--value-lr", type=float, default=0.0, help="of the singular values; 0: as the factors")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="a field of the config")
     parser.add_argument("--table", action="store_true", help="print what has been run, and stop")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args()

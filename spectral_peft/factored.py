@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from spectral_peft.config import SpectralConfig
-from spectral_peft.report import untargeted_modules
+from spectral_peft.targets import targeted_modules
 
 
 BASE = "base"
@@ -73,9 +71,7 @@ def _initial_std(model_config: PretrainedConfig) -> float:
 
 def _untouched(model: nn.Module, config: SpectralConfig) -> list[str]:
     """The last names of the modules that hold parameters and take no adapter."""
-    if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return untargeted_modules(model)
-    targeted = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    targeted = targeted_modules(model, config)
     holders = (name for name, module in model.named_modules() if list(module.parameters(recurse=False)))
     return sorted({name.rpartition(".")[2] for name in holders if name not in targeted})
 

@@ -21,7 +21,7 @@ from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fr
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
-from spectral_peft.targets import is_targeted
+from spectral_peft.targets import is_targeted, refuse_unmatched_patterns
 
 
 class SpectralModel(BaseTuner):
@@ -102,6 +102,7 @@ class SpectralModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT's hook before the first layer is touched: budgets are about all of them."""
+        refuse_unmatched_patterns(model, peft_config)
         share_budgets_(model, peft_config)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -33,3 +34,20 @@ def targeted_modules(model: nn.Module, config: Any) -> dict[str, nn.Module]:
         for key, module in named.items()
         if key and not key.startswith(internals) and is_targeted(config, key)
     }
+
+
+def refuse_unmatched_patterns(model: nn.Module, config: Any) -> None:
+    """Raises ValueError if an entry of `rank_pattern` is for no module that `config` targets."""
+    if not config.rank_pattern:
+        return
+    keys = list(targeted_modules(model, config))
+    idle = [pattern for pattern in config.rank_pattern if not any(_matches(pattern, key) for key in keys)]
+    if keys and idle:
+        raise ValueError(
+            f"`rank_pattern` has entries that match none of the {len(keys)} targeted modules, such as {keys[0]!r}: "
+            f"{', '.join(map(repr, idle))}. Correct or remove them."
+        )
+
+
+def _matches(pattern: str, key: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", key) is not None  # as PEFT's `get_pattern_key`

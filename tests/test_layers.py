@@ -223,6 +223,17 @@ def ranks(model: nn.Module) -> dict[str, int]:
     return {layer.key.rpartition(".")[2]: layer.update_of("default").r for layer in layers(model)}
 
 
+def test_a_rank_pattern_that_matches_nothing_is_refused(method: Method) -> None:
+    model = llama()
+    with pytest.raises(
+        ValueError, match=r"match none of the 4 targeted modules, such as .*_proj': 'gate_prj', 'o_proj'"
+    ):
+        get_peft_model(
+            model, method(target_modules=["q_proj", "v_proj"], rank_pattern={"gate_prj": 2, "q_proj": 4, "o_proj": 2})
+        )
+    assert not list(layers(model))
+
+
 def test_rank_pattern_and_fractions(free_rank_method: Method) -> None:
     model = get_peft_model(llama(), free_rank_method(r=0.25, rank_pattern={"q_proj": 3, "mlp.*_proj": 0.5}))
     assert ranks(model) == {
