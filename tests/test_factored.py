@@ -52,11 +52,15 @@ def sct(**fields: Any) -> SCTConfig:
     return SCTConfig(**{"r": 4, "target_modules": EVERYTHING, "init": "random", **fields})
 
 
-def test_no_dense_weight_is_ever_allocated() -> None:
+def test_no_dense_weight_is_ever_allocated(tmp_path: Path) -> None:
     with Allocations() as allocations:
         model = build_factored(LLAMA, sct())
     assert allocations.largest == 200 * 4 * 4
     train_(model, lr=1e-3, steps=1)
+    save_factored(model, tmp_path)
+    with Allocations() as allocations:
+        load_factored(tmp_path)
+    assert allocations.largest == 200 * 4 * 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 from spectral_peft import SST, SSTConfig
 from spectral_peft.training import reset_state
-from tests.models import batch, llama, train_, trainable, updates
+from tests.models import batch, layers, llama, train_, trainable, updates
 
 
 def model(**fields: object) -> nn.Module:
@@ -99,6 +99,18 @@ def test_updates_of_one_step_are_handed_to_their_class_together(monkeypatch: pyt
     monkeypatch.setattr(SST, "after_optimizer_step_of", lambda group: together.append(group) or [])
     train_(module, lr=1e-3, steps=2)
     assert together == [list(updates(module))] * 2
+
+
+def test_an_optimizer_that_gets_other_parameters_drives_their_updates() -> None:
+    module = model()
+    optimizer = torch.optim.AdamW(trainable(module), lr=1e-3)
+    train_(module, lr=1e-3, steps=2, optimizer=optimizer)
+    module.add_adapter("second", SSTConfig(r=4, target_modules="all-linear"))
+    module.set_adapter("second")
+    optimizer.param_groups[0]["params"] = trainable(module)  # as many as before
+    train_(module, lr=1e-3, steps=3, optimizer=optimizer)
+    steps = [{int(layer.update_of(name).step) for layer in layers(module)} for name in ("default", "second")]
+    assert steps == [{2}, {3}]
 
 
 def test_copies_are_driven_too() -> None:
