@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-4)
     print(json.dumps(run(parser.parse_args()), indent=1))
 
 

@@ -121,14 +121,21 @@ def _retract_stack_(stack: _Stack, retraction: str, tolerance: float | None) -> 
         grams = stack.grams if len(near) == len(stack.points) else stack.grams[near]
         with factorizing(grams):
             transforms = _TRANSFORMS[retraction](grams, max(stack.distances[i] for i in near))
+            spare: dict[torch.Size, Tensor] = {}
             for i, T in zip(near, transforms, strict=True):
-                _transform_(stack.points[i].X, T)
+                _transform_(stack.points[i].X, T, spare)
     for i in sorted({*due} - {*near}):
         X = stack.points[i].X
         X.copy_(RETRACTIONS[retraction](X))
 
 
-def _transform_(X: Tensor, T: Tensor) -> None:
-    """Sets X to X T; where X is the transpose of a parameter, in the parameter's own layout, which is faster."""
-    working = X.to(T.dtype)
-    X.copy_(working @ T if X.is_contiguous() else (T.mT @ working.mT).mT)
+def _transform_(X: Tensor, T: Tensor, spare: dict[torch.Size, Tensor]) -> None:
+    """Sets X to X T; where X is the transpose of a parameter, in the parameter's own layout, which is faster.
+
+    The product goes to memory that was used for an X of this shape before: fresh memory costs a fifth of the time.
+    """
+    parameter, left, right = (X, X, T) if X.is_contiguous() else (X.mT, T.mT, X.mT)
+    out = spare.get(parameter.shape)
+    if out is None:
+        out = spare[parameter.shape] = torch.empty(parameter.shape, dtype=T.dtype, device=T.device)
+    parameter.copy_(torch.mm(left.to(T.dtype), right.to(T.dtype), out=out))
