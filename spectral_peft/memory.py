@@ -30,24 +30,29 @@ def return_freed_memory() -> bool:
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes that training takes, by what they are for; `total` is the sum.
+    """Bytes that training takes at its peak, by what they are for.
+
+    The backward pass frees activations while gradients come into being, so that only the larger of the two counts in
+    `total`.
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: Those of all trained parameters; with the step in backward those of the largest module.
+        gradients: Those of all trained parameters; with the step in backward those of the largest one.
         optimizer: Two moments of each trained parameter, in its dtype.
-        activations: What the forward pass saves with gradient checkpointing, the logits with their softmax and
-            gradient, and one layer that is computed again.
+        activations: What the forward pass keeps with gradient checkpointing: the input of each layer, and the logits
+            with their softmax and gradient.
+        layer: What one layer keeps while it is computed again.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    layer: int
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return self.weights + self.optimizer + self.layer + max(self.gradients, self.activations)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 1e9:,.2f}" for name, value in self._asdict().items())
@@ -65,15 +70,14 @@ def estimate_memory(model: nn.Module, tokens: int, *, in_backward: bool = False)
         tokens: Tokens in a batch: rows times length.
         in_backward: Whether `step_in_backward` is used.
     """
-    trained = [value for value in model.parameters() if value.requires_grad]
-    gradients = [value.numel() * value.element_size() for value in trained]
+    gradients = [value.numel() * value.element_size() for value in model.parameters() if value.requires_grad]
     stored = sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    floats = tokens * (config.num_hidden_layers * width + 3 * config.vocab_size + 4 * inner + 8 * width)
     return MemoryEstimate(
         weights=stored,
         gradients=max(gradients, default=0) if in_backward else sum(gradients),
         optimizer=2 * sum(gradients),
-        activations=4 * floats,
+        activations=4 * tokens * (config.num_hidden_layers * width + 3 * config.vocab_size),
+        layer=4 * tokens * (4 * inner + 8 * width),
     )
