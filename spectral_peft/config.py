@@ -135,6 +135,7 @@ class SpectralConfig(PeftConfig, ABC):
     """
 
     method: ClassVar[str]
+    clamps_rank: ClassVar[bool] = True
 
     r: Rank = field(default=64, metadata={"help": "Triplets: an integer, a fraction, 'energy=0.9' or 'budget=0.5'."})
     target_modules: list[str] | str | None = field(

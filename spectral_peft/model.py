@@ -95,6 +95,11 @@ class SpectralModel(BaseTuner):
         wanted, weight = config.rank_of(layer.key), layer.effective_weight()
         r = min(config.resolve_rank(weight, layer.key), *weight.shape)
         if isinstance(wanted, int) and r < wanted:
+            if not config.clamps_rank:
+                raise ValueError(
+                    f"{layer.key}: `r` should be at most min(out_features, in_features) = {r}, got {wanted}. Lower "
+                    "it, or give this module a rank of its own in `rank_pattern`."
+                )
             self._clamped.append(f"{layer.key} (to {r})")
         if isinstance(wanted, str):
             self._energy_ranks[layer.key] = r

@@ -31,6 +31,7 @@ class Method:
         recomputable: Whether `save_start=False` is possible.
         embeddings: Whether it can be put on an nn.Embedding.
         free_rank: Whether `r` may be as large as the weight allows.
+        clamps: Whether an `r` beyond the size of a weight is clamped, or refused.
         derivative: Fields with which the gradients are the derivatives of the function.
     """
 
@@ -48,6 +49,7 @@ class Method:
     recomputable: bool = True
     embeddings: bool = True
     free_rank: bool = True
+    clamps: bool = True
     derivative: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, **kwargs: Any) -> SpectralConfig:
@@ -81,6 +83,7 @@ SST = Method(
     replaces=True,
     recomputable=False,
     embeddings=False,
+    clamps=False,
     derivative=(("gradient", "default"),),
 )
 POOLED_SST = replace(

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectral_peft import SpectralError
 from spectral_peft.layer import SpectralEmbedding
-from tests.methods import Method
+from tests.methods import METHODS, Method
 from tests.models import approximated_, batch, gpt2, layers, llama, logits, tensors, train_, updates
 from tests.tolerance import tolerance
 
@@ -255,16 +255,26 @@ def test_an_energy_is_the_smallest_rank_that_holds_it(free_rank_method: Method, 
     assert len(reloaded.peft_config["default"].rank_pattern) == 14
 
 
-def test_a_rank_beyond_the_weight_is_clamped_with_one_warning(free_rank_method: Method) -> None:
+@pytest.mark.parametrize("method", [method for method in METHODS if method.clamps], ids=str)
+def test_a_rank_beyond_the_weight_is_clamped_with_one_warning(method: Method) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = get_peft_model(llama(), free_rank_method(r=20))
+        model = get_peft_model(llama(), method(r=20))
     messages = [str(warning.message) for warning in caught if "clamped" in str(warning.message)]
     assert len(messages) == 1
     assert "of 4 modules" in messages[0]
     assert "model.layers.0.self_attn.k_proj (to 16)" in messages[0]
     assert ranks(model)["k_proj"] == 16
     assert ranks(model)["q_proj"] == 20
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.clamps and method.free_rank], ids=str)
+def test_a_rank_beyond_the_weight_is_refused_and_the_model_is_left_as_it_was(method: Method) -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"k_proj: `r` should be at most min\(.*\) = 16, got 20.*`rank_pattern`"):
+        get_peft_model(model, method(r=20))
+    assert not list(layers(model))
+    assert ranks(get_peft_model(model, method(r=20, rank_pattern={"k_proj": 8, "v_proj": 8})))["k_proj"] == 8
 
 
 # Beside other PEFT methods

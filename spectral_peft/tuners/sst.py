@@ -265,9 +265,10 @@ class SSTConfig(SpectralConfig):
     """Configuration of SST (Zhao et al., ICML 2025, arXiv 2405.15481).
 
     Args:
-        r: Number of singular vector pairs per weight that train at a time.
+        r: Number of singular vector pairs per weight that train at a time; more than a weight has raises ValueError.
         pool: None trains all min(out_features, in_features) triplets in place of the base weight. An integer K trains
-            within the K leading ones, added to the base weight: for fine-tuning, with the memory of LoRA of rank K.
+            within the K leading ones, or all where there are fewer, added to the base weight: for fine-tuning, with
+            the memory of LoRA of rank K.
         steps_per_iteration: Optimizer steps between changes of the trained vectors.
         iterations_per_round: Iterations between SVDs of the weight; None means ceil(k / r), k the number of triplets.
         warmup_steps: Optimizer steps of linear warm-up after every change of the trained vectors.
@@ -284,6 +285,7 @@ class SSTConfig(SpectralConfig):
     """
 
     method: ClassVar[str] = "sst"
+    clamps_rank: ClassVar[bool] = False  # with all triplets training there is nothing to sample
 
     pool: int | None = field(default=None, metadata={"help": "Train within this many leading triplets, additively."})
     steps_per_iteration: int = field(default=200, metadata={"help": "Optimizer steps between swaps of vectors."})

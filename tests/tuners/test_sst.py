@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spectral_peft import SST, Size, SpectralError, SSTConfig
 from spectral_peft.enhanced_gradient import dense_is_cheaper
@@ -68,6 +69,27 @@ def test_no_gradient_is_computed_that_nobody_asked_for(rows: int) -> None:
     assert update.U.weight.grad is None
     assert update.Vh.weight.grad is not None
     assert x.grad is None
+
+
+@pytest.mark.parametrize("rows", [8, 400])  # by segments, and by way of W
+def test_autocast_checkpointing_and_compilation_keep_the_gradients(rows: int) -> None:
+    update, x = sst(torch.randn(32, 16)), torch.randn(rows, 16, requires_grad=True)
+
+    def gradients(call: Callable[[Tensor], Tensor], autocast: bool = False) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = call(x)
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        held = [x, *(value for _, value in update.trained_parameters())]
+        return torch.autograd.grad(y.float().square().sum(), held)
+
+    expected = gradients(update)
+    checkpointed = gradients(lambda value: checkpoint(update, value, use_reentrant=False))
+    compiled = gradients(torch.compile(update, backend="aot_eager", fullgraph=True))
+    rounded = gradients(update, autocast=True)
+    for one, two, three, four in zip(expected, checkpointed, compiled, rounded, strict=True):
+        torch.testing.assert_close(two, one)
+        torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+        assert (four - one).norm() < 0.05 * one.norm()
 
 
 def test_many_rows_save_their_input_alone() -> None:
