@@ -66,7 +66,8 @@ def spectral(
     model: nn.Module, arguments: argparse.Namespace, rows: Tensor
 ) -> tuple[nn.Module, list[dict[str, object]]]:
     calibration = calibrate(model, rows[: arguments.calibration_rows].split(4), MLP)
-    config = SCTConfig(r=arguments.r, target_modules=MLP, calibration=calibration, modules_to_save=NORMS)
+    fields = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.set)}
+    config = SCTConfig(r=arguments.r, target_modules=MLP, calibration=calibration, modules_to_save=NORMS, **fields)
     model = get_peft_model(model, config)
     return model, parameter_groups(model, arguments.lr, value_lr=arguments.value_lr or 10 * arguments.lr)
 
@@ -123,6 +124,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--value-lr", type=float, default=0.0, help="of the singular values; 0: ten times --lr")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="of SCTConfig, for spectral")
     parser.add_argument("--table", action="store_true", help="print what has been run, and stop")
     parser.add_argument("--quiet", action="store_true")
     arguments = parser.parse_args()
@@ -134,7 +136,8 @@ def main() -> None:
     rank = "" if arguments.arm == "dense" else f"-r{arguments.r}"
     values = f"-{arguments.value_lr:g}" if arguments.value_lr else ""
     size = f"n{arguments.steps}b{arguments.batch}l{arguments.length}"
-    file = arguments.out / f"{size}-{arguments.arm}{rank}-{arguments.lr:g}{values}.json"
+    label = "-".join([f"{size}-{arguments.arm}{rank}-{arguments.lr:g}{values}", *sorted(arguments.set)])
+    file = arguments.out / f"{label.replace(chr(34), '')}.json"
     return None if file.exists() else run(arguments, file)
 
 

@@ -5,8 +5,8 @@
     python benchmarks/large_model.py --size 70b --optimizer backward-8bit    # with bitsandbytes
 
 Builds transformers' LlamaForCausalLM of the size on the meta device, factors every projection, the embedding and the
-head at rank 32, and trains on 128 tokens (bytes of a text) with gradient checkpointing. Prints the peak of the
-resident memory as the kernel counts it, and the time of each part of a step.
+head at rank 32, and trains on 128 tokens (bytes of a text) with gradient checkpointing, whose inputs are kept on
+disk. Prints the peak of the resident memory as the kernel counts it, and the time of each part of a step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from spectral_peft import (
     estimate_memory,
     parameter_groups,
     return_freed_memory,
+    save_on_disk,
     step_in_backward,
 )
 
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     clock, started = Clock(), time.perf_counter()
     model = build(arguments)
     built = time.perf_counter() - started
-    estimate = estimate_memory(model, arguments.tokens, in_backward=arguments.optimizer != "adamw")
+    estimate = estimate_memory(model, arguments.tokens, in_backward=arguments.optimizer != "adamw", on_disk=True)
     if arguments.optimizer == "backward-8bit":
         estimate = estimate._replace(optimizer=estimate.optimizer // 4)
     rates = {"lr": arguments.lr, "value_lr": 10 * arguments.lr}
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     losses, steps = [], []
     for _ in range(arguments.steps):
         began = time.perf_counter()
-        with clock("forward"):
+        with clock("forward"), save_on_disk():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         with clock("backward"):
             loss.backward()

@@ -158,6 +158,7 @@ def run(arguments: argparse.Namespace, file: Path) -> None:
 
 def label(arguments: argparse.Namespace) -> str:
     size = f"h{arguments.hidden}l{arguments.layers}r{arguments.r}n{arguments.steps}s{arguments.seed}"
+    size += f"f{arguments.ffn}" if arguments.ffn else ""
     rates = f"{arguments.lr:g}-{arguments.factor_lr:g}" + (f"-{arguments.value_lr:g}" if arguments.value_lr else "")
     restart = f"-every{arguments.restart_every}" if arguments.arm == "relora" else ""
     return "-".join([size, arguments.arm, rates + restart, *sorted(arguments.set)]).replace('"', "")

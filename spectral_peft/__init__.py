@@ -5,7 +5,7 @@ from spectral_peft.config import CalibratedConfig, SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
 from spectral_peft.factored import build_factored, load_factored, save_factored
-from spectral_peft.memory import MemoryEstimate, estimate_memory, return_freed_memory
+from spectral_peft.memory import MemoryEstimate, estimate_memory, return_freed_memory, save_on_disk
 from spectral_peft.merged import export_merged
 from spectral_peft.model import SpectralModel, register
 from spectral_peft.optim import create_spectral_optimizer, parameter_groups, step_in_backward
@@ -63,6 +63,7 @@ __all__ = [
     "register",
     "return_freed_memory",
     "save_factored",
+    "save_on_disk",
     "step_in_backward",
     "untargeted_modules",
 ]

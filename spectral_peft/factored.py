@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from huggingface_hub import save_torch_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from spectral_peft.config import SpectralConfig
+from spectral_peft.errors import SpectralError
 from spectral_peft.targets import targeted_modules
 
 
@@ -76,16 +81,26 @@ def _untouched(model: nn.Module, config: SpectralConfig) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in holders if name not in targeted})
 
 
-def save_factored(model: PeftModel, folder: str | Path) -> None:
+def save_factored(model: PeftModel, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> None:
     """Saves a model of `build_factored`: its adapter as `save_pretrained` does, and the config of the model beside it.
 
     Args:
         model: What to save.
         folder: Gets adapter_model.safetensors, adapter_config.json and base/config.json.
+        shard_bytes: Size above which the tensors go to several files, adapter_model-00001-of-00002.safetensors and so
+            on, with an index. PEFT itself loads an adapter from one file only; `load_factored` loads both.
     """
-    model.save_pretrained(str(folder))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
     base: Any = model.get_base_model()
-    base.config.save_pretrained(str(Path(folder, BASE)))
+    base.config.save_pretrained(str(folder / BASE))
+    model.create_or_update_model_card(str(folder))
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # all that trains is there already
+    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}.")
+    save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=shard_bytes)
 
 
 def load_factored(
@@ -94,22 +109,39 @@ def load_factored(
     """Loads what `save_factored` saved, to train on or to generate; no dense weight is allocated.
 
     Raises:
-        FileNotFoundError: `folder` holds no such model.
+        FileNotFoundError: `folder` holds no such model, or not all of its files.
         SpectralError: a tensor is missing or does not fit.
     """
-    config_file = Path(folder, BASE, CONFIG_NAME)
+    folder = Path(folder)
+    config_file = folder / BASE / CONFIG_NAME
     if not config_file.is_file():
         raise FileNotFoundError(
             f"{folder} holds no factored model: there is no {config_file}. `save_factored` saves one; an adapter of a "
             "model that exists without it loads with `PeftModel.from_pretrained`."
         )
+    tensors = _load_tensors(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     model = build_factored(
         AutoConfig.from_pretrained(str(config_file.parent)), config, auto_class=auto_class, device=device
     )
-    model.load_adapter(str(folder), "default", is_trainable=True)
+    try:
+        set_peft_model_state_dict(model, tensors)
+    except KeyError as error:  # what PEFT raises for a module of `modules_to_save` that is not there
+        raise SpectralError(f"The checkpoint in {folder} has no tensor {error}: it is incomplete.") from error
     return model
+
+
+def _load_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, from one file or from those that its index names."""
+    index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+    files = {SAFETENSORS_WEIGHTS_NAME}
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    for file in files:
+        if Path(file).name != file:
+            raise SpectralError(f"{index} names the file {file!r}, which is not in its folder.")
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
 
 
 def _refuse_tied(model: PreTrainedModel) -> None:

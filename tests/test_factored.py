@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,41 @@ def test_a_folder_without_a_factored_model_is_named(tmp_path: Path) -> None:
         load_factored(tmp_path)
 
 
+def test_a_large_checkpoint_is_in_several_files(tmp_path: Path) -> None:
+    model = build_factored(LLAMA, sct())
+    train_(model, lr=1e-2)
+    save_factored(model, tmp_path / "one")
+    save_factored(model, tmp_path / "several", shard_bytes=20_000)
+    files = {path.name for path in (tmp_path / "several").glob("*.safetensors")}
+    assert len(files) > 3
+    assert "adapter_model.safetensors" not in files
+    assert all(torch.equal(logits(load_factored(tmp_path / name)), logits(model)) for name in ("one", "several"))
+    save_factored(model, tmp_path / "several")
+    assert [path.name for path in (tmp_path / "several").glob("*.safetensors*")] == ["adapter_model.safetensors"]
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = build_factored(LLAMA, sct(target_modules=["q_proj"]))
+    save_factored(model, tmp_path, shard_bytes=20_000)
+    index = tmp_path / "adapter_model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+
+    def written(changed: dict[str, str]) -> None:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": changed}))
+
+    for name in ("q_proj.spectral_sct_update.U.weight", "v_proj.weight"):
+        lost = next(file for key, file in places.items() if name in key)
+        written({key: file for key, file in places.items() if file != lost})
+        with pytest.raises(SpectralError, match="has no tensor"):
+            load_factored(tmp_path)
+    written({**places, "x": "../elsewhere.safetensors"})
+    with pytest.raises(SpectralError, match=r"'../elsewhere\.safetensors', which is not in its folder"):
+        load_factored(tmp_path)
+    written({**places, "x": "adapter_model-00099-of-00099.safetensors"})
+    with pytest.raises(FileNotFoundError, match="00099"):
+        load_factored(tmp_path)
+
+
 def test_memory_is_estimated_without_allocating_any() -> None:
     with Allocations() as allocations:
         planned = build_factored(LLAMA, sct(), device="meta")
@@ -182,6 +218,7 @@ def test_memory_is_estimated_without_allocating_any() -> None:
     assert estimate.optimizer == 2 * trained
     assert estimate_memory(real, tokens=64, in_backward=True).gradients == 200 * 4 * 4
     assert estimate_memory(real, tokens=128).activations == 2 * estimate.activations
+    assert estimate_memory(real, tokens=64, on_disk=True).activations == 2 * 64 * 200 * 4
 
 
 def test_llama_3_70b_at_rank_32() -> None:
