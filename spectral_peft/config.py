@@ -289,7 +289,7 @@ class CalibratedConfig(SpectralConfig):
 
     Without a calibration the factors are the leading triplets, the best approximation for inputs of which nothing is
     known. With one they are the best for inputs like those it has seen, and energies and budgets count the singular
-    values of W C^(1/2), whose squares are the parts of E||W x||^2.
+    values of W C^(1/2), whose squares are the parts of E||W x||^2; with gradients, those of G^(1/2) W C^(1/2).
 
     Args:
         calibration: What `calibrate` has seen of the inputs of the targeted modules; needed when the adapter is added,
@@ -316,9 +316,11 @@ class CalibratedConfig(SpectralConfig):
     def spectrum(self, weight: Tensor, key: str = "") -> Tensor:
         if self.calibration is None:
             return super().spectrum(weight, key)
-        return singular_values(whiten(weight, self.calibration.moment(key)))
+        moments, gradients = self.calibration.moment(key), self.calibration.gradients.get(key)
+        return singular_values(whiten(weight, moments, G=gradients))
 
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         if self.calibration is None:
             return super().decompose(weight, r, key)
-        return whitened_svd(weight, self.calibration.moment(key), r, self.svd)
+        moments, gradients = self.calibration.moment(key), self.calibration.gradients.get(key)
+        return whitened_svd(weight, moments, r, self.svd, G=gradients)

@@ -257,3 +257,71 @@ def test_modules_without_moments_are_named_and_the_model_is_left_as_it_was() -> 
 def test_a_start_that_could_not_be_recomputed_is_refused() -> None:
     with pytest.raises(ValueError, match="`save_start` should be True with a calibration"):
         calibrated(calibration=calibrate(llama(), [batch()]), save_start=False)
+
+
+# Gradients
+
+
+def gradient_moments(model: nn.Module, names: list[str], batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """E[g g^T], by torch's own hooks for gradients at the output of a module."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_full_backward_hook(
+            lambda module, grad_input, grad_output, name=name: seen[name].append(grad_output[0])
+        )
+        for name in names
+    ]
+    masks = []
+    for inputs in batches:
+        model(**inputs).loss.backward()
+        masks.append(inputs["attention_mask"].bool().flatten())
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    rows = {
+        name: torch.cat([g.reshape(len(mask), -1)[mask] for g, mask in zip(found, masks, strict=True)]).double()
+        for name, found in seen.items()
+    }
+    return {name: g.T @ g / len(g) for name, g in rows.items()}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_at_the_outputs(frozen: bool) -> None:
+    model = llama().eval()
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    mask = torch.ones_like(batch())
+    mask[0, -3:] = 0
+    batches = [{"input_ids": batch(seed), "attention_mask": mask, "labels": batch(seed)} for seed in (0, 1)]
+    expected = gradient_moments(model, names, batches)
+    model.requires_grad_(not frozen)
+    calibration = calibrate(model, batches, ["q_proj", "down_proj"], gradients=True)
+    for name in names:
+        found = calibration.gradients[name]
+        torch.testing.assert_close(found.double(), expected[name], rtol=1e-4, atol=1e-6 * float(expected[name].max()))
+    assert all(value.grad is None and value.requires_grad is not frozen for value in model.parameters())
+    assert calibrate(model, batches, ["q_proj"]).gradients == {}
+
+
+def test_a_tensor_is_its_own_labels() -> None:
+    model, ids = llama().eval(), batch()
+    one, other = (calibrate(model, [b], ["up_proj"], gradients=True) for b in (ids, {"input_ids": ids, "labels": ids}))
+    assert all(torch.equal(one.gradients[name], value) for name, value in other.gradients.items())
+
+
+def test_gradients_need_a_loss() -> None:
+    with pytest.raises(ValueError, match=r"`gradients` needs a loss.*add the labels"):
+        calibrate(llama(), [{"input_ids": batch()}], ["q_proj"], gradients=True)
+
+
+def test_gradients_give_another_start_and_come_back_from_a_file(tmp_path: Path) -> None:
+    calibration = calibrate(llama().eval(), [batch()], ["up_proj"], gradients=True)
+    calibration.save(tmp_path / "moments")
+    loaded = Calibration.load(tmp_path / "moments")
+    assert "with gradients" in repr(loaded)
+    without = Calibration(calibration.moments, calibration.tokens)
+    starts = []
+    for used in (calibration, loaded, without):
+        model = get_peft_model(llama(), TruncatedConfig(r=4, target_modules=["up_proj"], calibration=used))
+        starts.append(logits(model))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.allclose(starts[0], starts[2])

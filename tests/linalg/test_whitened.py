@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spectral_peft import SpectralError
 from spectral_peft.linalg import orthonormality_error, singular_values, truncated_svd, whiten, whitened_svd
+from spectral_peft.linalg.whitened import GRADIENT_RIDGE
 from tests.linalg.matrices import assert_canonical, few, gaussian, with_spectrum
 from tests.tolerance import tolerance
 
@@ -103,6 +104,43 @@ def test_moments_that_rounding_has_made_indefinite() -> None:
     assert torch.linalg.eigvalsh(C)[0] < 0
     factors = whitened_svd(W, C, 4, "exact")
     assert output_error(W, factors.matrix(), C) <= 1.01 * least_error(W, C, 4)
+
+
+@few
+@given(case=cases(), spread=st.sampled_from([1.0, 100.0]))
+def test_gradients_weigh_the_error(case: tuple[Tensor, Tensor, int], spread: float) -> None:
+    """No matrix of the rank has less of ||K^T (W - W_r) L||, K from the moments of the gradients and their ridge."""
+    W, C, rank = case
+    m = len(W)
+    g = gaussian(2 * m, m, seed=7)
+    g[:, 0] *= spread
+    G = (g.T @ g) / len(g)
+    K, L = (
+        (V * values.clamp(min=0).sqrt()) @ V.T
+        for values, V in (
+            torch.linalg.eigh(M.double() + ridge * (M.diagonal().mean() or 1) * torch.eye(len(M)))
+            for M, ridge in ((G, GRADIENT_RIDGE), (C, 0))
+        )
+    )
+    least = torch.linalg.svdvals(K @ W.double() @ L)
+    difference = W.double() - whitened_svd(W, C, rank, "exact", G=G).matrix().double()
+    scale = float(least.square().sum()) + 1e-30
+    error = float((K @ difference @ L).square().sum())
+    assert error <= float(least[rank:].square().sum()) + (1e-4 + tolerance(W.dtype, 16)) * scale
+    without = W.double() - whitened_svd(W, C, rank, "exact").matrix().double()
+    assert error <= float((K @ without @ L).square().sum()) + 1e-4 * scale
+
+
+def test_gradients_without_a_preferred_direction_change_nothing() -> None:
+    W, C = gaussian(12, 10), gaussian(10).square()
+    expected = whitened_svd(W, C, 4, "exact").matrix()
+    for G in (torch.eye(12), torch.full((12,), 3.0), torch.zeros(12, 12)):
+        torch.testing.assert_close(whitened_svd(W, C, 4, "exact", G=G).matrix(), expected, rtol=1e-4, atol=1e-4)
+    g = gaussian(12, seed=3).square()
+    by_vector, by_matrix = whitened_svd(W, C, 4, G=g), whitened_svd(W, C, 4, G=torch.diag(g))
+    torch.testing.assert_close(by_vector.matrix(), by_matrix.matrix(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`G` should be \(m, m\) or \(m,\) for `W`.*got \(10,\) for \(12, 10\)"):
+        whitened_svd(W, C, 4, G=torch.ones(10))
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
