@@ -105,8 +105,8 @@ def take_step(updates: Iterable[SpectralUpdate], optimizer: Any) -> None:
 # Where torch's hooks see the steps
 
 
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler has this step skipped within a fused kernel; other optimizers it does not call at all."""
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has found Inf or NaN, and left it to a fused optimizer to skip the step in its kernel."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
@@ -120,7 +120,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     updates = list(steps_of(optimizer))
     for update in updates:
         count_step(update)
-    if updates and not _skips(optimizer):
+    if updates and not _is_skipped(optimizer):
         take_step(updates, optimizer)
 
 

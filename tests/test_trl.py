@@ -74,7 +74,7 @@ def arguments(cls: Any, folder: Path, **fields: Any) -> Any:
 
 
 def train(run: Any, with_callback: bool = True) -> list[dict[str, float]]:
-    """Trains, checks that every trained parameter moved and that schedules ran once a step; returns the loss's logs."""
+    """Trains, checks that every trained parameter moved and that schedules ran; returns the logs of the loss."""
     if with_callback:
         run.add_callback(SpectralCallback(run))
     before = [value.detach().clone() for value in trainable(run.model)]

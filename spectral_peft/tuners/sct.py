@@ -163,8 +163,9 @@ class SCT(SpectralUpdate):
 
     @classmethod
     def _follow(cls, rule: RetractionRule, updates: Sequence[Self]) -> list[nn.Parameter]:
-        for update in updates:
-            update._project_step_()
+        if rule.riemannian:
+            for update in updates:
+                update._project_step_()
         due = [update for update in updates if rule.every == 1 or (int(update.step) + 1) % rule.every == 0]
         stale: list[nn.Parameter] = []
         if rule.absorb:
@@ -173,15 +174,19 @@ class SCT(SpectralUpdate):
                 if rule.tolerance is None or drift > rule.tolerance:
                     stale += update._absorb_()
         else:
-            points = {update: update.points() for update in due}
-            every = [point for own in points.values() for point in own]
-            retracted = {id(point) for point in retract_(every, rule.retraction, rule.tolerance)}
-            for update, own in points.items():
-                update.retractions += any(id(point) in retracted for point in own)
+            cls._retract_(rule, due)
         if rule.every > 1:
             for update in updates:
-                update.step += 1
+                update.step.add_(1)
         return stale
+
+    @staticmethod
+    def _retract_(rule: RetractionRule, updates: Sequence[SCT]) -> None:
+        points = {update: update.points() for update in updates}
+        every = [point for own in points.values() for point in own]
+        retracted = {id(point) for point in retract_(every, rule.retraction, rule.tolerance)}
+        for update, own in points.items():
+            update.retractions += any(id(point) in retracted for point in own)
 
     def _project_step_(self) -> None:
         """Takes out of the optimizer's step what leaves the tangent spaces where it started, if that was noted."""
