@@ -65,6 +65,7 @@ class SCT(SpectralUpdate):
         super().__init__(size)
         m, n, r = size[:3]
         self.rule, self.key, self.seed = rule, size.key, seed
+        self.retractions = 0
         self.U = size.factor(m, r)
         self.S = size.diagonal(r)
         self.dS = size.diagonal(r)
@@ -109,6 +110,10 @@ class SCT(SpectralUpdate):
     def singular_values(self) -> Tensor:  # shape: (r,)
         """The singular values as they are now, in no order, and of either sign."""
         return self.S.weight + self.dS.weight
+
+    def statistics(self) -> dict[str, float]:
+        """`retractions`: steps of this process after which U or Vh was made orthonormal."""
+        return {"retractions": self.retractions}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.Vh(self.dropout(x)) * self.singular_values())
@@ -158,8 +163,9 @@ class SCT(SpectralUpdate):
 
     @classmethod
     def _follow(cls, rule: RetractionRule, updates: Sequence[Self]) -> list[nn.Parameter]:
-        for update in updates:
-            update._project_step_()
+        if rule.riemannian:
+            for update in updates:
+                update._project_step_()
         due = [update for update in updates if rule.every == 1 or (int(update.step) + 1) % rule.every == 0]
         stale: list[nn.Parameter] = []
         if rule.absorb:
@@ -168,11 +174,19 @@ class SCT(SpectralUpdate):
                 if rule.tolerance is None or drift > rule.tolerance:
                     stale += update._absorb_()
         else:
-            retract_([point for update in due for point in update.points()], rule.retraction, rule.tolerance)
+            cls._retract_(rule, due)
         if rule.every > 1:
             for update in updates:
-                update.step += 1
+                update.step.add_(1)
         return stale
+
+    @staticmethod
+    def _retract_(rule: RetractionRule, updates: Sequence[SCT]) -> None:
+        points = {update: update.points() for update in updates}
+        every = [point for own in points.values() for point in own]
+        retracted = {id(point) for point in retract_(every, rule.retraction, rule.tolerance)}
+        for update, own in points.items():
+            update.retractions += any(id(point) in retracted for point in own)
 
     def _project_step_(self) -> None:
         """Takes out of the optimizer's step what leaves the tangent spaces where it started, if that was noted."""
@@ -196,6 +210,7 @@ class SCT(SpectralUpdate):
         self.U.weight.copy_(U)
         self.Vh.weight.copy_(Vh)
         self.dS.weight.copy_(S - self.S.weight)
+        self.retractions += 1
         return [value for _, value in self.trained_parameters()]
 
 

@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
@@ -104,6 +103,11 @@ class SST(SpectralUpdate):
         """The singular values as they are now, by slot."""
         return self.S.weight + self.dS.weight
 
+    def statistics(self) -> dict[str, float]:
+        """`swaps`, changes of the trained vectors since the start, and `decompositions`, SVDs of the weight."""
+        step, swap = int(self.step), self.schedule.steps_per_iteration
+        return {"swaps": step // swap, "decompositions": step // (swap * self.schedule.iterations_per_round)}
+
     def forward(self, x: Tensor) -> Tensor:
         return segmented_product(
             self.dropout(x),
@@ -158,9 +162,9 @@ class SST(SpectralUpdate):
         for before, (_, value) in zip(self._before, self.trained_parameters(), strict=False):
             value.copy_(torch.lerp(before, value, part))
         self._before = []
-        self.dS.weight.copy_(self.dS.weight.maximum(-self.S.weight))
-        self.U.weight.copy_(F.normalize(self.U.weight, dim=0))
-        self.Vh.weight.copy_(F.normalize(self.Vh.weight, dim=1))
+        self.dS.weight.clamp_(min=-self.S.weight)
+        _normalize_(self.U.weight, dim=0)
+        _normalize_(self.Vh.weight, dim=1)
         self.step += 1
         step = int(self.step)
         if not self.schedule.is_swap(step):
@@ -333,6 +337,11 @@ class SSTConfig(SpectralConfig):
         )
         update.frees_base = update.replaces and not self.keep_base_weight
         return update
+
+
+def _normalize_(X: Tensor, dim: int) -> None:
+    """`F.normalize` in place, bit by bit, without its copy of X."""
+    X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
 
 
 def _scrambled(factors: Factors) -> Factors:
