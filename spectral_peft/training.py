@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from spectral_peft.errors import SpectralError
 from spectral_peft.update import SpectralUpdate
 from spectral_peft.watch import count_as_driven, count_step, steps_seen, watch
 
@@ -28,6 +29,16 @@ class _Held(NamedTuple):
     seen: tuple[int, int]
     updates: list[tuple[ReferenceType[SpectralUpdate], nn.Parameter]]
 
+
+# Names of optimizer state that starts at zero: of torch, transformers, bitsandbytes and torchao.
+_FROM_ZERO = {
+    *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+    *("square_avg", "grad_avg", "acc_delta", "sum"),
+    *("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col", "RMS"),  # both Adafactors
+    *("state1", "state2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec"),
+}
+# What the codes of 8-bit states stand for. Those of bitsandbytes are shared by all parameters.
+_CODE_BOOKS = {"qmap1", "qmap2", "qmap"}
 
 # In the order of their creation, which is that of the layers: what is computed for many updates at once is then the
 # same on every process and after a resume. A WeakSet has no order.
@@ -75,14 +86,35 @@ def _first_parameter(update: SpectralUpdate) -> nn.Parameter:
 
 @torch.no_grad()
 def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Sets the optimizer state of these parameters to zero in place: moments, and Adam's count of steps."""
+    """Has the next step of these parameters be that of a fresh optimizer.
+
+    State that is known to start at zero is set to zero in place, quantized moments by their codes and scales; code
+    books are left alone. An optimizer with any other state (NAdam, Rprop, ScheduleFree, ...) makes it anew at its next
+    step. The momentum of SGD starts at zero, which differs from a fresh one with `dampening`. What an optimizer keeps
+    for a whole group stays.
+    """
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
+        if not state.keys() <= _FROM_ZERO | _CODE_BOOKS:
+            del optimizer.state[parameter]
+            continue
+        # In place: a distributed checkpoint that lacks the state of some parameters cannot be loaded.
         for name, value in state.items():
             if isinstance(value, Tensor):
-                value.zero_()
+                _zero_(name, value)
             elif isinstance(value, (int, float)):
                 state[name] = type(value)(0)
+        if "sum" in state:  # Adagrad's, which is made with the optimizer and has a start of its own
+            state["sum"].fill_(optimizer.defaults.get("initial_accumulator_value", 0))
+
+
+def _zero_(name: str, value: Tensor) -> None:
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is not None:  # a quantized or a sharded tensor, made of tensors
+        for inner in flatten()[0]:
+            _zero_(inner, getattr(value, inner))
+    elif name not in _CODE_BOOKS:
+        value.zero_()
 
 
 def take_resets(optimizer: Any) -> set[int]:
@@ -112,8 +144,15 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for update in steps_of(optimizer):
-        update.before_optimizer_step()
+    updates = list(steps_of(optimizer))
+    if updates and isinstance(optimizer, torch.optim.LBFGS):
+        raise SpectralError(
+            f"{type(updates[0]).__name__} changes its parameters after every step, which makes the history of LBFGS "
+            "wrong. Use an optimizer with a state for each parameter, such as AdamW."
+        )
+    if not (updates and _is_skipped(optimizer)):
+        for update in updates:
+            update.before_optimizer_step()
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +104,8 @@ class SpectralUpdate(nn.Module, ABC):
     and ``spectrum`` the singular values: an optimizer gives each their own learning rate (`parameter_groups`).
 
     Where ``takes_indices`` holds, x may also hold the indices of one-hot vectors, as an embedding's input does. An
-    update with a schedule sets ``scheduled`` and does its work in `after_optimizer_step`.
+    update with a schedule sets ``scheduled``, names what it depends on with `keep_schedule`, and does its work in
+    `after_optimizer_step`.
     """
 
     trained: ClassVar[tuple[str, ...]]
@@ -118,8 +121,40 @@ class SpectralUpdate(nn.Module, ABC):
         super().__init__()
         self.r = size.r
         self.frees_base = False
+        self._schedule_fields: dict[str, object] = {}
         self.dropout: nn.Module = nn.Identity()
         self.register_buffer("fingerprint", torch.zeros(2, SKETCH_SIZE, dtype=torch.int32))
+
+    def keep_schedule(self, **fields: object) -> None:
+        """Notes the fields of the config on which the schedule depends: a resumed run is compared with them.
+
+        As a buffer of one number for each, because not every loader sees the config that a checkpoint was saved with.
+        """
+        self._schedule_fields = fields
+        self.register_buffer("schedule_digest", self._digest())
+
+    def _digest(self) -> Tensor:  # shape: (fields,), int64
+        return torch.tensor([zlib.crc32(repr(value).encode()) for value in self._schedule_fields.values()])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """torch's, which warns where a checkpoint comes from a run with another schedule than this update has."""
+        key = f"{prefix}schedule_digest"
+        if key in state_dict and self._schedule_fields:
+            self._compare_schedule(state_dict[key].tolist())
+            state_dict[key] = self._digest()  # what is saved next was trained with this schedule
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _compare_schedule(self, stored: list[int]) -> None:
+        pairs = zip(self._schedule_fields.items(), stored, self._digest().tolist(), strict=False)
+        differing = [f"{name}={value!r}" for (name, value), theirs, own in pairs if theirs != own]
+        if differing:
+            warnings.warn(
+                f"The checkpoint was trained with another schedule: this adapter has {', '.join(differing)}, the "
+                "checkpoint other values. Training goes on with those of this adapter, and will not be what the "
+                "interrupted run would have been. To resume that run, add the adapter with its config (that of its "
+                "adapter_config.json).",
+                stacklevel=2,
+            )
 
     @abstractmethod
     def start_(self, factors: Factors) -> None:

@@ -70,8 +70,14 @@ class SCT(SpectralUpdate):
         self.S = size.diagonal(r)
         self.dS = size.diagonal(r)
         self.Vh = size.factor(r, n)
-        if rule.every > 1:
-            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.keep_schedule(
+            retraction=rule.retraction,
+            retract_every=rule.every,
+            retract_tolerance=rule.tolerance,
+            absorb=rule.absorb,
+            gradient="riemannian" if rule.riemannian else "euclidean",
+        )
         self._before: list[Tensor] = []
 
     @torch.no_grad()
@@ -80,8 +86,7 @@ class SCT(SpectralUpdate):
         self.S.weight.copy_(factors.S)
         self.Vh.weight.copy_(factors.Vh)
         self.dS.weight.zero_()
-        if self.rule.every > 1:
-            self.step.zero_()
+        self.step.zero_()
 
     @torch.no_grad()
     def start_random_(self, std: float) -> None:
@@ -98,8 +103,7 @@ class SCT(SpectralUpdate):
         m, n = len(self.U.weight), self.Vh.weight.shape[1]
         self.S.weight.fill_(std * math.sqrt(m * n / self.r))
         self.dS.weight.zero_()
-        if self.rule.every > 1:
-            self.step.zero_()
+        self.step.zero_()
 
     def is_started(self) -> bool:
         """By U: all singular values of a zero weight are zero."""
@@ -122,7 +126,7 @@ class SCT(SpectralUpdate):
         return Factors(self.U.weight, self.singular_values(), self.Vh.weight).matrix()
 
     def check_state(self, tensors: Mapping[str, Tensor]) -> None:
-        if "step" in tensors and int(tensors["step"]) < 0:
+        if int(tensors["step"]) < 0:
             raise SpectralError(f"step should count optimizer steps, got {int(tensors['step'])}.")
 
     # The schedule
@@ -175,7 +179,7 @@ class SCT(SpectralUpdate):
                     stale += update._absorb_()
         else:
             cls._retract_(rule, due)
-        if rule.every > 1:
+        if rule.every > 1:  # otherwise nothing depends on the count
             for update in updates:
                 update.step.add_(1)
         return stale

@@ -89,6 +89,9 @@ class SST(SpectralUpdate):
         self.Vh_rest = size.factor(k - r, n, rest)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("order", torch.arange(k))
+        self.keep_schedule(
+            **schedule._asdict(), sampling=sampling, gradient="enhanced" if enhanced else "default", seed=seed
+        )
         self._before: list[Tensor] = []
 
     @torch.no_grad()
