@@ -1,6 +1,7 @@
 """Spectral fine-tuning for Hugging Face PEFT. Importing this package registers its methods with PEFT."""
 
 from spectral_peft.calibration import Calibration, calibrate
+from spectral_peft.callback import SpectralCallback
 from spectral_peft.config import CalibratedConfig, SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
@@ -10,6 +11,8 @@ from spectral_peft.merged import export_merged
 from spectral_peft.model import SpectralModel, register
 from spectral_peft.optim import create_spectral_optimizer, parameter_groups, step_in_backward
 from spectral_peft.report import ParameterReport, parameter_report, untargeted_modules
+from spectral_peft.statistics import spectral_statistics
+from spectral_peft.training import spectral_step
 from spectral_peft.tuners import (
     SCT,
     SST,
@@ -47,6 +50,7 @@ __all__ = [
     "SVFitConfig",
     "Schedule",
     "Size",
+    "SpectralCallback",
     "SpectralConfig",
     "SpectralError",
     "SpectralModel",
@@ -64,6 +68,8 @@ __all__ = [
     "return_freed_memory",
     "save_factored",
     "save_on_disk",
+    "spectral_statistics",
+    "spectral_step",
     "step_in_backward",
     "untargeted_modules",
 ]

@@ -48,7 +48,7 @@ class _Stack(NamedTuple):
 
 
 @torch.no_grad()
-def retract_(points: Sequence[Point], retraction: str, tolerance: float | None = None) -> None:
+def retract_(points: Sequence[Point], retraction: str, tolerance: float | None = None) -> list[Point]:
     """Makes the columns of each X orthonormal, in place, as `RETRACTIONS` does for one of them.
 
     Only the r x r Gram matrices of equal size are stacked and factored in one call, since a stack of the factors
@@ -60,11 +60,13 @@ def retract_(points: Sequence[Point], retraction: str, tolerance: float | None =
         retraction: a key of `RETRACTIONS`.
         tolerance: None retracts every X; a number those of which an entry of |X^T X - I| is larger.
 
+    Returns:
+        Those of the points that were retracted.
+
     Raises:
         SpectralError: NaN or Inf in an X. None has changed then.
     """
-    for stack in measured(points):
-        _retract_stack_(stack, retraction, tolerance)
+    return [point for stack in measured(points) for point in _retract_stack_(stack, retraction, tolerance)]
 
 
 @torch.no_grad()
@@ -114,7 +116,7 @@ def _gram(X: Tensor) -> Tensor:  # shape: (m, r) -> (r, r)
     return working.mT @ working
 
 
-def _retract_stack_(stack: _Stack, retraction: str, tolerance: float | None) -> None:
+def _retract_stack_(stack: _Stack, retraction: str, tolerance: float | None) -> list[Point]:
     due = [i for i, error in enumerate(stack.errors) if tolerance is None or error > tolerance]
     near = [i for i in due if retraction in _TRANSFORMS and stack.distances[i] <= NEARLY_ORTHONORMAL]
     if near:
@@ -127,6 +129,7 @@ def _retract_stack_(stack: _Stack, retraction: str, tolerance: float | None) -> 
     for i in sorted({*due} - {*near}):
         X = stack.points[i].X
         X.copy_(RETRACTIONS[retraction](X))
+    return [stack.points[i] for i in due]
 
 
 def _transform_(X: Tensor, T: Tensor, spare: dict[torch.Size, Tensor]) -> None:

@@ -147,6 +147,14 @@ class SpectralUpdate(nn.Module, ABC):
         B, A = thin
         return B @ A
 
+    def singular_values(self) -> Tensor | None:  # shape: (r,)
+        """The singular values as they are now, in no order and of either sign; None if the method has none."""
+        return None
+
+    def statistics(self) -> dict[str, float]:
+        """The method's own figures for logs, by name, such as how often its vectors were swapped."""
+        return {}
+
     def check_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises SpectralError where tensors of the right names and shapes cannot be a state of this update."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_peft.config import SpectralConfig
-from spectral_peft.linalg import Factors
+from spectral_peft.linalg import Factors, svd_of_product
 from spectral_peft.model import register
 from spectral_peft.update import Size, SpectralUpdate
 
@@ -54,6 +54,11 @@ class PiSSA(SpectralUpdate):
         if self.scaling != 1:  # here, where the tensors are r wide, it costs next to nothing
             Ax, dAx = Ax * self.scaling, dAx * self.scaling
         return self.dB(Ax) + self.B0(dAx)
+
+    def singular_values(self) -> Tensor:  # shape: (r,)
+        """Those of c B A, the principal part as it is now."""
+        A, B = self.A0.weight + self.dA.weight, self.B0.weight + self.dB.weight
+        return svd_of_product(B * self.scaling, A).S
 
     def thin_change(self) -> tuple[Tensor, Tensor]:
         B = torch.cat([self.dB.weight, self.B0.weight], dim=1) * self.scaling

@@ -65,6 +65,7 @@ class SCT(SpectralUpdate):
         super().__init__(size)
         m, n, r = size[:3]
         self.rule, self.key, self.seed = rule, size.key, seed
+        self.retractions = 0
         self.U = size.factor(m, r)
         self.S = size.diagonal(r)
         self.dS = size.diagonal(r)
@@ -109,6 +110,10 @@ class SCT(SpectralUpdate):
     def singular_values(self) -> Tensor:  # shape: (r,)
         """The singular values as they are now, in no order, and of either sign."""
         return self.S.weight + self.dS.weight
+
+    def statistics(self) -> dict[str, float]:
+        """`retractions`: steps of this process after which U or Vh was made orthonormal."""
+        return {"retractions": self.retractions}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.Vh(self.dropout(x)) * self.singular_values())
@@ -168,7 +173,11 @@ class SCT(SpectralUpdate):
                 if rule.tolerance is None or drift > rule.tolerance:
                     stale += update._absorb_()
         else:
-            retract_([point for update in due for point in update.points()], rule.retraction, rule.tolerance)
+            points = {update: update.points() for update in due}
+            every = [point for own in points.values() for point in own]
+            retracted = {id(point) for point in retract_(every, rule.retraction, rule.tolerance)}
+            for update, own in points.items():
+                update.retractions += any(id(point) in retracted for point in own)
         if rule.every > 1:
             for update in updates:
                 update.step += 1
@@ -196,6 +205,7 @@ class SCT(SpectralUpdate):
         self.U.weight.copy_(U)
         self.Vh.weight.copy_(Vh)
         self.dS.weight.copy_(S - self.S.weight)
+        self.retractions += 1
         return [value for _, value in self.trained_parameters()]
 
 

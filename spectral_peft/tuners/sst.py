@@ -104,6 +104,11 @@ class SST(SpectralUpdate):
         """The singular values as they are now, by slot."""
         return self.S.weight + self.dS.weight
 
+    def statistics(self) -> dict[str, float]:
+        """`swaps`, changes of the trained vectors since the start, and `decompositions`, SVDs of the weight."""
+        step, swap = int(self.step), self.schedule.steps_per_iteration
+        return {"swaps": step // swap, "decompositions": step // (swap * self.schedule.iterations_per_round)}
+
     def forward(self, x: Tensor) -> Tensor:
         return segmented_product(
             self.dropout(x),

@@ -39,6 +39,10 @@ class SVFit(SpectralUpdate):
         self.Vh.weight.copy_(factors.Vh)
         self.dS.weight.zero_()
 
+    def singular_values(self) -> Tensor:  # shape: (r,)
+        """Those of the adapted weight that belong to the r leading singular vectors."""
+        return self.S.weight + self.dS.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.dS(self.Vh(self.dropout(x))))
 
