@@ -238,6 +238,11 @@ class SpectralConfig(PeftConfig, ABC):
             _look_at_tensors(folder)
         return config
 
+    @property
+    def container(self) -> str:
+        """Name of the ModuleDict that holds a layer's updates of this method: the method's prefix and "update"."""
+        return f"spectral_{self.method}_update"
+
     def rank_of(self, key: str) -> Rank:
         """The rank asked for the module `key`: its entry in `rank_pattern`, its full name before others; or `r`."""
         if key in self.rank_pattern:

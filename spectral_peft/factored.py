@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
+from spectral_peft.stored import load_tensors
 from spectral_peft.targets import targeted_modules
 
 
@@ -119,7 +118,7 @@ def load_factored(
             f"{folder} holds no factored model: there is no {config_file}. `save_factored` saves one; an adapter of a "
             "model that exists without it loads with `PeftModel.from_pretrained`."
         )
-    tensors = _load_tensors(folder)
+    tensors = load_tensors(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     model = build_factored(
@@ -130,18 +129,6 @@ def load_factored(
     except KeyError as error:  # what PEFT raises for a module of `modules_to_save` that is not there
         raise SpectralError(f"The checkpoint in {folder} has no tensor {error}: it is incomplete.") from error
     return model
-
-
-def _load_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, from one file or from those that its index names."""
-    index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
-    files = {SAFETENSORS_WEIGHTS_NAME}
-    if index.is_file():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    for file in files:
-        if Path(file).name != file:
-            raise SpectralError(f"{index} names the file {file!r}, which is not in its folder.")
-    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
 
 
 def _refuse_tied(model: PreTrainedModel) -> None:

@@ -17,13 +17,9 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import one_thread_if_small, same_matrix, sketch
 from spectral_peft.training import drive
-from spectral_peft.update import Size, SpectralUpdate, compute_dtype
+from spectral_peft.update import SAME_BASE, Size, SpectralUpdate, compute_dtype
 
 
-SAME_BASE = 1e-2
-"""Relative difference up to which a base weight counts as the same: rounding to 16 bits stays below it."""
-SAME_START = 1e-4
-"""The same for recomputed singular vectors in float32: rounding stays below it, another basis does not."""
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -167,9 +163,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         """Raises SpectralError if recomputed singular vectors are not those that the adapter was trained with."""
         if self.configs[adapter_name].save_start:
             return
-        of_start, start = update.fingerprint[1].cpu().view(torch.float32), update.start_vector()
-        limit = SAME_START if start.dtype in (torch.float32, torch.float64) else SAME_BASE
-        if not same_matrix(of_start, sketch(start).cpu(), limit):
+        if not update.has_noted_start():
             raise SpectralError(
                 f"{self.key}: the singular vectors recomputed from the base weight are not those that the adapter "
                 f"'{adapter_name}' was trained with. Load it on the base in the dtype and with the torch release of "

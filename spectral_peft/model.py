@@ -85,7 +85,7 @@ class SpectralModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         try:
             r = self._rank(peft_config, layer)
-            layer.update_layer(adapter_name, peft_config, r=r, container=f"{self.prefix}update")
+            layer.update_layer(adapter_name, peft_config, r=r, container=peft_config.container)
         except SpectralError as error:
             raise SpectralError(f"{current_key}: {error}") from error
         self._progress.update()

@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectral_peft.linalg import SKETCH_SIZE, Factors, sketch
+from spectral_peft.linalg import SKETCH_SIZE, Factors, same_matrix, sketch
 
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+SAME_BASE = 1e-2
+"""Relative difference up to which a base weight counts as the same: rounding to 16 bits stays below it."""
+SAME_START = 1e-4
+"""The same for singular vectors in float32: rounding stays below it, another basis does not."""
 
 
 class Size(NamedTuple):
@@ -252,6 +258,12 @@ class SpectralUpdate(nn.Module, ABC):
         """
         rows = [sketch(weight).cpu(), sketch(self.start_vector()).cpu()]
         self.fingerprint.copy_(torch.stack(rows).view(torch.int32))
+
+    def has_noted_start(self) -> bool:
+        """Whether the frozen start is the one that the fingerprint was taken of, up to the rounding of its dtype."""
+        start = self.start_vector()
+        limit = SAME_START if start.dtype in (torch.float32, torch.float64) else SAME_BASE
+        return same_matrix(self.fingerprint[1].cpu().view(torch.float32), sketch(start).cpu(), limit)
 
     def perturb_(self) -> None:
         """Moves the trained parameters at random: a change instead of none, for tests."""

@@ -6,7 +6,7 @@ from spectral_peft.linalg.allocation import allocate_ranks
 from spectral_peft.linalg.drivers import Factors
 from spectral_peft.linalg.fingerprint import SKETCH_SIZE, same_matrix, sketch
 from spectral_peft.linalg.precision import one_thread_if_small
-from spectral_peft.linalg.spectrum import effective_rank, energy_rank
+from spectral_peft.linalg.spectrum import effective_rank, energy_rank, noise_rank
 from spectral_peft.linalg.stiefel import (
     cholesky_qr_retraction,
     orthonormality_error,
@@ -35,6 +35,7 @@ __all__ = [
     "cholesky_qr_retraction",
     "effective_rank",
     "energy_rank",
+    "noise_rank",
     "one_thread_if_small",
     "orthonormality_error",
     "polar_retraction",

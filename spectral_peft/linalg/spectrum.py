@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,29 @@ def energy_rank(
         raise ValueError(f"`share` should be above 0 and at most 1, got {share}.")
     energy = S.double().square().cumsum(-1)
     return int((energy < share * energy[-1]).sum()) + 1
+
+
+def noise_rank(
+    S: Tensor,  # shape: (min(m, n),)
+    shape: tuple[int, int],
+) -> int:
+    """The number of singular values of an (m, n) matrix above the edge of what noise alone would give.
+
+    Those of a matrix of independent entries of variance s^2 fill the interval s sqrt(n) sqrt(x), x from the law of
+    Marchenko & Pastur (1967) with ratio b = m / n <= 1, whose upper end is s (sqrt(n) + sqrt(m)). s is taken from the
+    median singular value (Gavish & Donoho, 2014, section III.E), so that a few large values do not raise the edge.
+    """
+    m, n = sorted(shape)
+    scale = float(S.double().median()) / math.sqrt(_marchenko_pastur_median(m / n))
+    return int((S.double() > scale * (1 + math.sqrt(m / n))).sum())
+
+
+def _marchenko_pastur_median(ratio: float) -> float:
+    """The median of the law with density sqrt((b - x) (x - a)) / (2 pi ratio x) on [a, b] = (1 -+ sqrt(ratio))^2."""
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    # x = the middle - half the width times cos(t) takes the roots at both ends out of the integral.
+    t = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
+    x = (low + high) / 2 - (high - low) / 2 * t.cos()
+    density = t.sin().square() / x.clamp(min=1e-12)
+    mass = torch.cumulative_trapezoid(density, t)
+    return float(x[1:][mass >= mass[-1] / 2][0])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_peft.linalg import effective_rank, energy_rank
+from spectral_peft.linalg import effective_rank, energy_rank, noise_rank
 
 
 few = settings(derandomize=True, deadline=None, max_examples=50)
@@ -59,3 +59,24 @@ def test_energy_rank_of_half_precision_does_not_overflow() -> None:
 def test_energy_rank_refuses_shares(share: float) -> None:
     with pytest.raises(ValueError, match=f"at most 1, got {share}"):
         energy_rank(torch.ones(3), share)
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (300, 900), (900, 300)])
+@pytest.mark.parametrize("scale", [1e-3, 50.0])
+def test_noise_rank_counts_the_signal_and_no_noise(shape: tuple[int, int], scale: float) -> None:
+    """Spikes of one and a half times the edge stand out of noise; a few values at the edge itself may."""
+    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert noise_rank(torch.linalg.svdvals(scale * noise), shape) <= 2
+    U, V = (torch.linalg.qr(noise[:side, :side].mT @ noise[:side, :side]).Q[:, :20] for side in (300, 300))
+    edge = math.sqrt(shape[0]) + math.sqrt(shape[1])
+    signal = torch.zeros(shape, dtype=torch.float64)
+    signal[:300, :300] = 1.5 * edge * U @ V.mT
+    assert 20 <= noise_rank(torch.linalg.svdvals(scale * (noise + signal)), shape) <= 22
+
+
+def test_noise_rank_takes_its_scale_from_the_bulk() -> None:
+    """Were the scale that of all entries, one huge value would hide the others."""
+    noise = torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    S = torch.linalg.svdvals(noise)
+    S[:6] = torch.tensor([1e5, 100, 90, 80, 70, 60], dtype=torch.float64)
+    assert noise_rank(S, (200, 200)) == 6

@@ -1,0 +1,160 @@
+"""The command line, on adapters that were trained and saved."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from spectral_peft import SpectralError
+from spectral_peft.cli import app, main
+from spectral_peft.stored import open_adapter
+from tests.methods import Method
+from tests.models import layers, llama, logits, train_, updates
+from tests.tolerance import tolerance
+
+
+def run(*words: object, code: int = 0) -> Any:
+    """The JSON that the command prints."""
+    result = CliRunner().invoke(app, [*map(str, words), "--json"], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def saved(method: Method, tmp_path: Path) -> tuple[PeftModel, Path]:
+    llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), method())
+    train_(model, method.lr)
+    model.save_pretrained(tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+def edit(folder: Path, name: str, change: Any) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(name))
+    tensors[key] = change(tensors[key])
+    save_file(tensors, file)
+
+
+def test_an_adapter_is_read_without_its_base(saved: tuple[PeftModel, Path], method: Method) -> None:
+    model, folder = saved
+    stored = open_adapter(folder)
+    assert list(stored.updates) == sorted(layer.key for layer in layers(model))
+    for layer in layers(model):
+        read, update = stored.updates[layer.key], layer.update_of("default")
+        assert torch.equal(read.matrix(), update.matrix())
+    rows = run("inspect", folder)["modules"]
+    assert {row["module"] for row in rows} == set(stored.updates)
+    assert all(row["r"] == 8 and 0 < row["effective rank"] <= 64 for row in rows)
+
+
+def test_a_sound_adapter_passes_and_a_damaged_one_does_not(saved: tuple[PeftModel, Path], method: Method) -> None:
+    _, folder = saved
+    assert run("verify", folder)["passed"]
+    trained = sorted(method.trained)[0]
+    edit(folder, trained, lambda value: value.index_fill(-1, torch.tensor([0]), torch.nan))
+    failed = [finding for finding in run("verify", folder, code=1)["findings"] if not finding["passed"]]
+    assert [(finding["check"], trained in finding["detail"]) for finding in failed] == [("finite", True)]
+
+
+def test_another_start_or_lost_orthonormality_is_found(saved: tuple[PeftModel, Path], method: Method) -> None:
+    _, folder = saved
+    scheduled = bool(method.moved) or method.name == "sct"
+    edit(folder, "U.weight" if scheduled else sorted(method.start)[0], lambda value: 2 * value)
+    failed = [finding for finding in run("verify", folder, code=1)["findings"] if not finding["passed"]]
+    assert [finding["check"] for finding in failed] == ["orthonormal" if scheduled else "start"]
+
+
+def test_pruning_keeps_the_largest_values(saved: tuple[PeftModel, Path], method: Method, tmp_path: Path) -> None:
+    model, folder = saved
+    if not method.replaces:
+        with pytest.raises(SpectralError, match=r"adds to the base weight.*export_lora"):
+            run("prune", folder, tmp_path / "pruned")
+        assert not (tmp_path / "pruned").exists()
+        return
+    rows = {row["module"]: row for row in run("prune", folder, tmp_path / "pruned", "--share", 0.8)}
+    pruned = PeftModel.from_pretrained(llama(), str(tmp_path / "pruned"))
+    for layer in layers(pruned):
+        W = model.base_model.model.get_submodule(layer.key).update_of("default").matrix().double()
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        r = next(i for i in range(1, len(S) + 1) if S[:i].sum() >= 0.8 * S.sum())
+        assert rows[layer.key]["kept"] == r < len(S)
+        error = (layer.update_of("default").matrix() - (U[:, :r] * S[:r]) @ Vh[:r]).norm() / W.norm()
+        assert error < tolerance(torch.float32, 64)
+        assert rows[layer.key]["error"] == pytest.approx(float((S[r:].norm() / S.norm()).detach()), rel=1e-4)
+    run("prune", folder, tmp_path / "whole", "--share", 1.0)
+    whole = PeftModel.from_pretrained(llama(), str(tmp_path / "whole"))
+    torch.testing.assert_close(logits(whole), logits(model), atol=1e-3, rtol=1e-3)
+
+
+def test_exports(saved: tuple[PeftModel, Path], method: Method, tmp_path: Path) -> None:
+    model, folder = saved
+    run("export", folder, tmp_path / "dense", "--to", "merged")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense), logits(model), atol=1e-3, rtol=1e-3)
+    rank = ["--rank", 4] if method.replaces else []
+    rows = run("export", folder, tmp_path / "lora", "--to", "lora", *rank)
+    assert len(rows) == len(list(updates(model)))
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_ranks_are_suggested(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    rows = run("suggest-ranks", tmp_path / "base", "--energy", 0.5, "--plot", tmp_path / "spectra.svg")
+    for row in rows:
+        S = torch.linalg.svdvals(base.get_submodule(row["module"]).weight.detach().double())
+        assert row["energy"] == next(i for i in range(1, 99) if (S[:i] ** 2).sum() >= 0.5 * (S**2).sum())
+        assert row["noise"] <= 3  # nothing but noise: the model is random
+        assert row["budget"] is None or 1 <= row["budget"] <= len(S)
+    assert (tmp_path / "spectra.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["svfit", "pissa", "sst", "sct"])
+def test_memory_is_estimated_from_a_config(name: str, tmp_path: Path) -> None:
+    llama().config.save_pretrained(tmp_path)
+    rows = run("estimate-memory", tmp_path, "--method", name, "--r", 4, "--tokens", 32)
+    assert rows["optimizer"] == 2 * rows["gradients"] > 0
+    assert rows["total"] >= rows["weights"] + rows["optimizer"] + rows["gradients"]
+
+
+def test_methods_are_listed() -> None:
+    assert {row["method"] for row in run("methods")} >= {"svfit", "pissa", "sst", "sct"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "./nowhere"], r"no folder ./nowhere"),
+        (["verify", "{empty}"], r"holds no adapter: there is no adapter_config.json"),
+        (["inspect", "{lora}"], r"adapter of type .*LORA.*, not of a spectral method"),
+        (["inspect", "{garbled}"], r"adapter_config.json cannot be read"),
+        (["inspect", "{torn}"], r"truncated or damaged"),
+    ],
+)
+def test_errors_are_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    places = {name: tmp_path / name for name in ("empty", "lora", "garbled", "torn")}
+    for place in places.values():
+        place.mkdir()
+    (places["lora"] / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (places["garbled"] / "adapter_config.json").write_text('{"peft_type": ')
+    (places["torn"] / "adapter_config.json").write_text('{"peft_type": "SPECTRAL_SCT"}')
+    (places["torn"] / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    monkeypatch.setattr("sys.argv", ["spectral-peft", *(word.format(**places) for word in words)])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 1
+    printed = capsys.readouterr().err
+    assert re.fullmatch(f"error: .*{message}.*\n", printed), printed
