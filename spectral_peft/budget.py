@@ -11,7 +11,7 @@ from tqdm import tqdm
 from spectral_peft.config import SpectralConfig, parse_share
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
-from spectral_peft.linalg import allocate_ranks, one_thread_if_small
+from spectral_peft.linalg import one_thread_if_small
 from spectral_peft.targets import targeted_modules
 
 
@@ -64,7 +64,7 @@ def _ranks(config: SpectralConfig, r: str, layers: Sequence[SpectralLinear]) -> 
     progress = tqdm(layers, desc="Sharing the budget", unit=" layers", delay=2, leave=False)
     spectra = [_spectrum(config, layer) for layer in progress]
     try:
-        ranks = allocate_ranks(spectra, shapes, int(parse_share(r)[1] * total))
+        ranks = config.allocate(spectra, shapes, int(parse_share(r)[1] * total))
     except ValueError as error:
         raise ValueError(
             f"`r` is too small: {r!r} of {total:,} parameters in {len(layers)} modules. {error}"

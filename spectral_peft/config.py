@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +18,16 @@ from torch import Tensor
 from spectral_peft.cache import cached_factors
 from spectral_peft.calibration import Calibration
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import ALGORITHMS, Factors, energy_rank, singular_values, truncated_svd, whiten, whitened_svd
+from spectral_peft.linalg import (
+    ALGORITHMS,
+    Factors,
+    allocate_ranks,
+    energy_rank,
+    singular_values,
+    truncated_svd,
+    whiten,
+    whitened_svd,
+)
 from spectral_peft.update import Size, SpectralUpdate
 
 
@@ -269,6 +279,10 @@ class SpectralConfig(PeftConfig, ABC):
         """Returns the values that energies and budgets count, descending: the singular values of `weight`."""
         return singular_values(weight)
 
+    def allocate(self, spectra: Sequence[Tensor], shapes: Sequence[tuple[int, int]], budget: int) -> list[int | None]:
+        """Returns the ranks of modules with these spectra and weights of these shapes; see `allocate_ranks`."""
+        return allocate_ranks(spectra, shapes, budget)
+
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         """Returns the triplets of `weight` that an update of rank `r` starts from: the leading ones.
 
@@ -294,7 +308,8 @@ class CalibratedConfig(SpectralConfig):
 
     Without a calibration the factors are the leading triplets, the best approximation for inputs of which nothing is
     known. With one they are the best for inputs like those it has seen, and energies and budgets count the singular
-    values of W C^(1/2), whose squares are the parts of E||W x||^2; with gradients, those of G^(1/2) W C^(1/2).
+    values of W C^(1/2), whose squares are the parts of E||W x||^2; with gradients, those of G^(1/2) W C^(1/2),
+    which are compared between modules as they are, being all in the units of the loss.
 
     Args:
         calibration: What `calibrate` has seen of the inputs of the targeted modules; needed when the adapter is added,
@@ -323,6 +338,12 @@ class CalibratedConfig(SpectralConfig):
             return super().spectrum(weight, key)
         moments, gradients = self.calibration.moment(key), self.calibration.gradients.get(key)
         return singular_values(whiten(weight, moments, G=gradients))
+
+    def allocate(self, spectra: Sequence[Tensor], shapes: Sequence[tuple[int, int]], budget: int) -> list[int | None]:
+        if self.calibration is None or not self.calibration.gradients:
+            return super().allocate(spectra, shapes, budget)
+        # Squared, these values are the mean square change of one and the same loss, whichever module they are of.
+        return allocate_ranks(spectra, shapes, budget, power=2, comparable=True)
 
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         if self.calibration is None:

@@ -13,13 +13,16 @@ def allocate_ranks(
     shapes: Sequence[tuple[int, int]],  # (m, n) of each
     budget: int,
     power: float = 1.0,
+    *,
+    comparable: bool = False,
 ) -> list[int | None]:
     """Ranks that leave out least of the spectra, at a total cost of at most `budget` numbers.
 
     What a matrix leaves out at rank r is sum_{i > r} S_i^p / sum_i S_i^p, p = `power`: a share, so that no matrix
     counts more because it is larger or scaled. With p = 2 it is the share of the energy; with p = 1 that of the
-    nuclear norm, which does not starve matrices with a few very large values. The factors of rank r cost r (m + n + 1)
-    numbers. So a triplet gains S_i^p / sum S^p and costs m + n + 1: triplets are taken in the order of gain per cost,
+    nuclear norm, which does not starve matrices with a few very large values. Where the spectra are `comparable`, all
+    in the units of one loss, it is sum_{i > r} S_i^p itself. The factors of rank r cost r (m + n + 1) numbers. So a
+    triplet gains S_i^p / sum S^p, or S_i^p, and costs m + n + 1: triplets are taken in the order of gain per cost,
     after the first one of every matrix, up to the first that the budget cannot pay for. This is one threshold for
     all matrices (Everett, 1963): no other ranks of the same total cost leave out less, where no matrix stays dense.
     Ranks never fall when the budget rises, and what is left of it is less than the next triplet costs.
@@ -38,7 +41,7 @@ def allocate_ranks(
     least = sum(int(cost[0]) for cost in costs)
     if budget < least:
         raise ValueError(f"`budget` should be at least {least:,}, one triplet of each matrix, got {budget:,}.")
-    gains = [_gains(S, m + n + 1, power) for S, (m, n) in zip(spectra, shapes, strict=True)]
+    gains = [_gains(S, m + n + 1, power, comparable) for S, (m, n) in zip(spectra, shapes, strict=True)]
     taken = _in_order(gains, costs, budget).tolist()
     return [rank if rank * (m + n + 1) < m * n else None for rank, (m, n) in zip(taken, shapes, strict=True)]
 
@@ -49,10 +52,11 @@ def _costs(m: int, n: int) -> Tensor:  # shape: (min(m, n),), int64
     return totals.diff()
 
 
-def _gains(S: Tensor, cost: int, power: float) -> Tensor:  # shape: (k,), float64
-    """Share per number of each triplet; the first is beyond comparison, since every matrix has one."""
+def _gains(S: Tensor, cost: int, power: float, comparable: bool) -> Tensor:  # shape: (k,), float64
+    """Gain per number of each triplet; the first is beyond comparison, since every matrix has one."""
     values = S.detach().cpu().double().pow(power)
-    gains = values / values.sum().clamp(min=torch.finfo(torch.float64).tiny) / cost
+    whole = 1.0 if comparable else values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    gains = values / whole / cost
     gains[0] = torch.inf
     return gains
 

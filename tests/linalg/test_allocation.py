@@ -136,3 +136,12 @@ def test_ranks_by_hand() -> None:
 
 def test_a_zero_matrix_gets_one_triplet() -> None:
     assert allocate_ranks([torch.zeros(8), torch.arange(8, 0, -1)], [(8, 8), (8, 8)], 68) == [1, 3]
+
+
+def test_comparable_spectra_are_taken_as_they_are() -> None:
+    """A matrix with twice the values gets more triplets: by shares both would have the same."""
+    spectra, shapes = [2 * torch.arange(8.0, 0, -1), torch.arange(8.0, 0, -1)], [(8, 40)] * 2
+    assert allocate_ranks(spectra, shapes, 7 * 49) == [4, 3]
+    assert allocate_ranks(spectra, shapes, 7 * 49, comparable=True) == [5, 2]
+    mixed = [torch.tensor([3.0, 2.9, 2.8, 2.7]), torch.tensor([9.0, 3.1, 0.1, 0.1])]
+    assert allocate_ranks(mixed, [(4, 400), (4, 100)], 2 * (405 + 105), comparable=True) == [2, 2]
