@@ -11,11 +11,22 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import Bnb4bitBackend, ForwardOnlyQuantizationBackend
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from torchao import quantization as torchao
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TorchAoConfig,
+)
+from trl import SFTConfig, SFTTrainer
 
 from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig, export_lora, export_merged
 from spectral_peft.linalg import sketch
@@ -323,3 +334,30 @@ def test_over_a_bfloat16_base(method: Method, kind: str, load: Callable, tmp_pat
     assert next(merged.parameters()).dtype == torch.bfloat16
     exact, rounded = logits(model).float(), logits(merged).float()
     assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_trl_casts_what_trains_and_it_trains_in_float32_all_the_same(
+    thin_method: Method, load: Callable, tmp_path: Path
+) -> None:
+    """At a learning rate at which steps on entries of bfloat16 would be lost."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0"))
+    rows = torch.randint(2, 64, (8, 12)).tolist()
+    trainer = SFTTrainer(
+        model=load("nf4"),
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, learning_rate=1e-5, report_to=[], use_cpu=True, bf16=False
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
+        peft_config=thin_method(task_type="CAUSAL_LM"),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0"),
+    )
+    assert {value.dtype for value in trainable(trainer.model)} == {torch.bfloat16}
+    assert torch.equal(logits(trainer.model), logits(load("nf4")))
+    before = get_peft_model(load("nf4"), thin_method())
+    with pytest.warns(UserWarning, match="had been cast to 16 bits"):
+        trainer.train()
+    moved, entries = 0, 0
+    for value, start in zip(trainable(trainer.model), trainable(before), strict=True):
+        assert value.dtype == torch.float32
+        moved, entries = moved + int((value != start).sum()), entries + value.numel()
+    assert moved > 0.99 * entries
