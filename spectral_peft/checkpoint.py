@@ -45,8 +45,9 @@ def complete_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[st
             own = {**recomputed_start(layer, adapter_name, update), **own}
         _check_tensors(prefix, update, own)
         completed.update({f"{prefix}{key}": value for key, value in own.items()})
-    for _, layer, _ in adapter_updates(model, adapter_name):
+    for _, layer, update in adapter_updates(model, adapter_name):
         layer.settled[adapter_name] = False
+        update.restore_dtype_()  # else what comes would be rounded
     return completed
 
 

@@ -141,6 +141,7 @@ class SpectralConfig(PeftConfig, ABC):
         check_base: Whether loading compares the base weight with the one that the adapter was trained on (up to
             rounding to 16 bits) and raises `SpectralError` where they differ.
         init_weights: False starts from a small random change instead of none; for tests only.
+        base_quantization: Filled in; how the base weights that the adapter was trained on were quantized, or None.
         format_version: Filled in; the version of the checkpoint format.
     """
 
@@ -184,6 +185,9 @@ class SpectralConfig(PeftConfig, ABC):
     )
     init_weights: bool = field(
         default=True, metadata={"help": "False starts from a small random change instead of none; for tests."}
+    )
+    base_quantization: str | None = field(
+        default=None, metadata={"help": "How the base weights were quantized; filled in."}
     )
     format_version: int | None = field(default=None, metadata={"help": "Version of the checkpoint; filled in."})
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import one_thread_if_small, same_matrix, sketch
+from spectral_peft.linalg import one_thread_if_small, sketch
+from spectral_peft.quantized import is_same_base, quantization_of, refuse_merging, refuse_replacing
 from spectral_peft.training import drive
-from spectral_peft.update import SAME_BASE, Size, SpectralUpdate, compute_dtype
+from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +41,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.unmerged_weight: nn.Parameter | None = None
         self.cast_input_dtype_enabled = True
+        self.quantization_backend = quantization_of(self.get_base_layer(), key)
         # Conv1D and nn.Embedding store their weight as (in_features, out_features).
         self.weight_is_transposed = isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
         self.out_features, self.in_features = self.effective_weight().shape
@@ -51,7 +52,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         return self.get_base_layer().weight  # type: ignore[return-value]
 
     def effective_weight(self) -> Tensor:  # shape: (out_features, in_features)
-        """The base weight as the matrix W of x -> x W^T.
+        """The base weight as the matrix W of x -> x W^T; a quantized one as a new tensor.
 
         Raises:
             SpectralError: it was freed.
@@ -81,6 +82,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         and for the config of a checkpoint that holds it. `settle` makes up for it if no checkpoint comes.
         """
         update = self.new_update(config, r)
+        if update.replaces:
+            refuse_replacing(self.quantization_backend, self.key)
         if update.replaces and isinstance(self.base_layer, BaseTunerLayer):
             raise TypeError(
                 f"Target module {self.key} already has an adapter of another PEFT method, which an adapter that "
@@ -150,9 +153,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     def check_base(self, adapter_name: str, fingerprint: Tensor) -> None:
         """Raises SpectralError if the adapter with this fingerprint was trained on another base weight."""
         of_base = fingerprint[0].cpu().view(torch.float32)
-        if not self.configs[adapter_name].check_base or self.merged or self.is_freed or not of_base.any():
+        config = self.configs[adapter_name]
+        if not config.check_base or self.merged or self.is_freed or not of_base.any():
             return
-        if not same_matrix(of_base, sketch(self.effective_weight()).cpu(), SAME_BASE):
+        here = sketch(self.effective_weight()).cpu()
+        if not is_same_base(of_base, here, config.base_quantization, self.quantization_backend):
             raise SpectralError(
                 f"{self.key}: the adapter '{adapter_name}' was trained on another base weight. Load it on the base "
                 "model and revision that its adapter_config.json names. To use it on this one all the same, load its "
@@ -180,7 +185,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves an update to the device of the base weight; PEFT would round its float32 to the base's dtype too."""
         update = self.update_of(adapter_name)
-        device = device or self.get_base_weight().device
+        device = device or self.base_parameter.device
         if update is not None and not update.is_meta and device.type != "meta":
             update.to(device)
 
@@ -268,7 +273,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merged_weight(self, adapter_name: str) -> Tensor:
         """The base weight with this adapter merged, in its own shape and dtype, as a new tensor."""
-        update, base = self.update_of(adapter_name), self.base_parameter
+        update, base = self.update_of(adapter_name), self.get_base_weight()
         self.settle(adapter_name)
         if update is not None and update.replaces:
             matrix = update.matrix()
@@ -303,7 +308,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: with `safe_merge`, if the merged weight would hold NaN or Inf; it is then left as it was.
+            SpectralError: the base weight is quantized.
         """
+        refuse_merging(self.quantization_backend, self.key)
         names = check_adapters_to_merge(self, adapter_names)
         replacing = self.replacing([*names, *self.merged_adapters])
         for adapter_name in sorted(names, key=lambda name: name != replacing):  # what replaces goes first
@@ -353,25 +360,27 @@ def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
     """Returns a layer without adapters around `base_layer`, whose module name is `key`.
 
     Raises:
-        TypeError: `base_layer` is not an nn.Linear, a Conv1D or an nn.Embedding with floating point weights.
+        TypeError: `base_layer` is not an nn.Linear, a Conv1D or an nn.Embedding with floating point weights, nor an
+            nn.Linear whose quantized weight can be read back.
         SpectralError: its weight is on the meta device.
     """
     inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+    backend = quantization_of(inner, key)
     if not isinstance(inner, (nn.Linear, Conv1D, nn.Embedding)):
         raise TypeError(
             f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
             "nn.Embedding. Leave it out with `exclude_modules`, or name others in `target_modules`."
         )
-    _check_weight(inner, key)
+    _check_weight(inner, key, backend is not None)
     return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
 
 
-def _check_weight(inner: nn.Module, key: str) -> None:
+def _check_weight(inner: nn.Module, key: str, is_quantized: bool) -> None:
     weight = inner.weight
-    if weight.dtype not in FLOAT_DTYPES or resolve_quantization_backend(inner) is not None:
+    if weight.dtype not in FLOAT_DTYPES and not is_quantized:
         raise TypeError(
             f"The weight of target module {key} ({type(inner).__name__}) is {weight.dtype}; supported are float16, "
-            "bfloat16, float32 and float64 weights that are not quantized."
+            "bfloat16, float32 and float64, and weights quantized by bitsandbytes or torchao."
         )
     if isinstance(inner, NonDynamicallyQuantizableLinear):
         raise TypeError(

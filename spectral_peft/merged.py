@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear
+from spectral_peft.quantized import quantization_of
 
 
 class _Entry(NamedTuple):
@@ -41,15 +42,17 @@ def export_merged(
 ) -> None:
     """Saves the dense model with an adapter merged, as `AutoModel...from_pretrained` loads it without this package.
 
-    Weights are merged, written and forgotten shard by shard: beside the model, memory holds one shard. The model is
-    left as it is. A folder that could not be finished is removed.
+    Weights are merged, written and forgotten shard by shard: beside the model, memory holds one shard. Quantized
+    weights are dequantized, and not quantized again. The model is left as it is. A folder that could not be finished
+    is removed.
 
     Args:
         model: A model with spectral adapters, factored ones included.
         folder: Gets config.json and model.safetensors, or several of these with their index. It should not exist, or
             be empty.
         adapter_name: The adapter to merge.
-        dtype: That of the saved weights; None leaves each in the dtype of its base weight.
+        dtype: That of the saved weights; None leaves each in the dtype of its base weight, or in the one that a
+            quantized weight is dequantized to.
         shard_bytes: Size above which a new file begins.
 
     Raises:
@@ -76,8 +79,10 @@ def export_merged(
 
 
 def _config(base: Any, entries: list[_Entry]) -> Any:
-    """The config of the model, which no longer ties weights if training has made them differ."""
+    """The config of the model, not quantized, which no longer ties weights if training has made them differ."""
     config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if base.all_tied_weights_keys.keys() & {entry.name for entry in entries}:
         config.tie_word_embeddings = False
     return config
@@ -120,6 +125,11 @@ def _tensors(module: nn.Module, prefix: str, adapter_name: str) -> Named:
     else:
         kept = set(module.state_dict(keep_vars=True))
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+        backend = quantization_of(module, prefix[:-1])
+        if backend is not None:
+            weight = backend.get_base_weight(module)
+            del own["weight"]
+            yield f"{prefix}weight", weight.to("meta"), partial(backend.get_base_weight, module)
         yield from ((f"{prefix}{name}", value, value.detach) for name, value in own.items() if name in kept)
         for name, child in module.named_children():
             yield from _tensors(child, f"{prefix}{name}.", adapter_name)

@@ -21,6 +21,7 @@ from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fr
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
+from spectral_peft.quantized import name_of, refuse_merging
 from spectral_peft.targets import is_targeted, refuse_unmatched_patterns
 
 
@@ -88,6 +89,8 @@ class SpectralModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config, r=r, container=peft_config.container)
         except SpectralError as error:
             raise SpectralError(f"{current_key}: {error}") from error
+        if not peft_config.from_checkpoint:
+            peft_config.base_quantization = peft_config.base_quantization or name_of(layer.quantization_backend)
         self._progress.update()
 
     def _rank(self, config: SpectralConfig, layer: SpectralLinear) -> int:
@@ -131,6 +134,13 @@ class SpectralModel(BaseTuner):
         yield
 
     # Merging
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT's look ahead: it merges layer by layer, and a refusal should leave none of them merged."""
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        for layer in self.model.modules():
+            if isinstance(layer, SpectralLinear):
+                refuse_merging(layer.quantization_backend, layer.key)
 
     def _refuse_broken_delta(self, adapter_names: list[str] | None) -> None:
         """PEFT merges layer by layer: without this look ahead, a refused merge would leave the first ones merged."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SAME_BASE = 1e-2
-"""Relative difference up to which a base weight counts as the same: rounding to 16 bits stays below it."""
+"""Relative difference up to which a base weight counts as the same: rounding to 16 or 8 bits stays below it."""
 SAME_START = 1e-4
 """The same for singular vectors in float32: rounding stays below it, another basis does not."""
 
@@ -232,6 +232,52 @@ class SpectralUpdate(nn.Module, ABC):
         """Takes the frozen start out of training."""
         for _, weight in self.frozen():
             weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """torch's; what trains is looked at with `restore_dtype_` when training begins.
+
+        Not in a process group, where buckets for gradients of the dtype that is there may have been laid out already.
+        """
+        if mode and self._was_cast():
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                warnings.warn(
+                    "What trains in the adapters was cast to 16 bits, and small steps of it will be lost. Call "
+                    "`restore_dtype_()` of every SpectralUpdate in the model before it is distributed.",
+                    stacklevel=2,
+                )
+            else:
+                self.restore_dtype_()
+                warnings.warn(
+                    "What trains in the adapters had been cast to 16 bits, where small steps are lost, and is in "
+                    "the dtype of its frozen start again. To train in 16 bits, add the adapter with "
+                    "`autocast_adapter_dtype=False`.",
+                    stacklevel=2,
+                )
+        return super().train(mode)
+
+    def _was_cast(self) -> bool:
+        return any(value.dtype.itemsize < self._start_dtype.itemsize for _, value in self.trained_parameters())
+
+    @property
+    def _start_dtype(self) -> torch.dtype:
+        return max(
+            (value.dtype for _, value in self.frozen()), key=lambda dtype: dtype.itemsize, default=torch.bfloat16
+        )
+
+    @torch.no_grad()
+    def restore_dtype_(self) -> None:
+        """Gives what trains the dtype of the frozen start again, if it alone was cast to 16 bits.
+
+        TRL's trainers do that to every parameter that trains, where the base is quantized.
+        """
+        dtype = self._start_dtype
+        for name, value in self.trained_parameters():
+            if value.dtype.itemsize < dtype.itemsize:
+                value.data = self.restored(name, value.detach(), dtype)
+
+    def restored(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The trained tensor of this name in `dtype`, from a copy that was rounded."""
+        return value.to(dtype)
 
     @property
     def is_meta(self) -> bool:

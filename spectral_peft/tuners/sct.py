@@ -112,8 +112,13 @@ class SCT(SpectralUpdate):
     # The function
 
     def singular_values(self) -> Tensor:  # shape: (r,)
-        """The singular values as they are now, in no order, and of either sign."""
-        return self.S.weight + self.dS.weight
+        """The singular values as they are now, in no order, and of either sign; in float32 at least."""
+        return self.S.weight.to(torch.promote_types(self.S.weight.dtype, torch.float32)) + self.dS.weight
+
+    def factors(self) -> Factors:
+        """The triplets as they are now, in float32 at least."""
+        S = self.singular_values()
+        return Factors(self.U.weight.to(S.dtype), S, self.Vh.weight.to(S.dtype))
 
     def statistics(self) -> dict[str, float]:
         """`retractions`: steps of this process after which U or Vh was made orthonormal."""
@@ -123,7 +128,7 @@ class SCT(SpectralUpdate):
         return self.U(self.Vh(self.dropout(x)) * self.singular_values())
 
     def matrix(self) -> Tensor:
-        return Factors(self.U.weight, self.singular_values(), self.Vh.weight).matrix()
+        return self.factors().matrix()
 
     def check_state(self, tensors: Mapping[str, Tensor]) -> None:
         if int(tensors["step"]) < 0:
@@ -210,7 +215,8 @@ class SCT(SpectralUpdate):
         With U = Q_u R_u and Vh^T = Q_v R_v, W = Q_u (R_u diag(S) R_v^T) Q_v^T; the SVD of the r x r core in the middle
         has all that changes.
         """
-        U, S, Vh = svd_of_product(self.U.weight * self.singular_values(), self.Vh.weight)
+        U, S, Vh = self.factors()
+        U, S, Vh = svd_of_product(U * S, Vh)
         self.U.weight.copy_(U)
         self.Vh.weight.copy_(Vh)
         self.dS.weight.copy_(S - self.S.weight)

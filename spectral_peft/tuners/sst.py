@@ -103,8 +103,9 @@ class SST(SpectralUpdate):
     # The function
 
     def singular_values(self) -> Tensor:  # shape: (k,)
-        """The singular values as they are now, by slot."""
-        return self.S.weight + self.dS.weight
+        """The singular values as they are now, by slot, in float32 at least: in 16 bits a small change is lost."""
+        dtype = torch.promote_types(self.S.weight.dtype, torch.float32)
+        return self.S.weight.to(dtype) + self.dS.weight
 
     def statistics(self) -> dict[str, float]:
         """`swaps`, changes of the trained vectors since the start, and `decompositions`, SVDs of the weight."""
@@ -124,13 +125,11 @@ class SST(SpectralUpdate):
         )
 
     def factors(self) -> Factors:
-        """All triplets by slot, in the dtype of the trained ones."""
-        U, Vh = self.U.weight, self.Vh.weight
-        return Factors(
-            torch.cat([U, self.U_rest.weight.to(U.dtype)], dim=1),
-            self.singular_values(),
-            torch.cat([Vh, self.Vh_rest.weight.to(Vh.dtype)]),
-        )
+        """All triplets by slot, rounded to the dtype of the trained ones, in float32 at least."""
+        dtype, S = self.U.weight.dtype, self.singular_values()
+        U = torch.cat([self.U.weight, self.U_rest.weight.to(dtype)], dim=1)
+        Vh = torch.cat([self.Vh.weight, self.Vh_rest.weight.to(dtype)])
+        return Factors(U.to(S.dtype), S, Vh.to(S.dtype))
 
     def matrix(self) -> Tensor:
         return self.factors().matrix()
@@ -204,7 +203,8 @@ class SST(SpectralUpdate):
 
     def _next(self, iteration: int) -> Tensor:  # shape: (r,)
         """The triplets, by their number in the last SVD, whose vectors train in this iteration."""
-        S = torch.empty_like(self.S.weight).index_copy(0, self.order, self.singular_values())
+        by_slot = self.singular_values()
+        S = torch.empty_like(by_slot).index_copy(0, self.order, by_slot)
         if self.sampling == "sequential":
             return in_turn(len(S), self.r, iteration % self.schedule.iterations_per_round)
         if self.sampling == "top":
@@ -229,8 +229,8 @@ class SST(SpectralUpdate):
 class PooledSST(SST):
     """SST on the K leading triplets of W alone, added to the base weight: U diag(S) Vh - U0 diag(S0) Vh0.
 
-    The difference is computed in float32 also under autocast: in bfloat16 the error of the two products would be
-    relative to the pool, not to its change. The pool is thin, so this costs little.
+    The difference is computed in float32, under autocast and from factors in bfloat16 too: in bfloat16 the error of
+    the two products would be relative to the pool, not to its change. The pool is thin, so this costs little.
     """
 
     replaces: ClassVar[bool] = False
@@ -250,17 +250,29 @@ class PooledSST(SST):
         self.S0.weight.copy_(S)
         self.Vh0.weight.copy_(Vh)
 
+    def start_factors(self) -> Factors:
+        """The triplets of the start, rounded as those of now are: they cancel exactly."""
+        dtype, S0 = self.U.weight.dtype, self.S0.weight.to(torch.promote_types(self.S0.weight.dtype, torch.float32))
+        return Factors(self.U0.weight.to(dtype).to(S0.dtype), S0, self.Vh0.weight.to(dtype).to(S0.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
-        U, S, Vh = self.factors()
-        x = self.dropout(x).to(U.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            # All of the pool in one segment: the same operations as for the start, so that they cancel exactly.
-            now = segmented_product(x, U, S, Vh, U[:, :0], Vh[:0], enhanced=self.enhanced, dtype=U.dtype)
-            return now - self.U0(self.S0(self.Vh0(x)))
+        x = self.dropout(x)
+        return self._product(x, self.factors()) - self._product(x, self.start_factors())
+
+    def _product(self, x: Tensor, factors: Factors) -> Tensor:
+        """All of the pool in one segment, by the same operations for now and for the start."""
+        U, S, Vh = factors
+        return segmented_product(x, U, S, Vh, U[:, :0], Vh[:0], enhanced=self.enhanced, dtype=U.dtype)
 
     def thin_change(self) -> tuple[Tensor, Tensor]:
-        U, S, Vh = self.factors()
-        return torch.cat([U * S, -self.U0.weight * self.S0.weight], dim=1), torch.cat([Vh, self.Vh0.weight])
+        (U, S, Vh), (U0, S0, Vh0) = self.factors(), self.start_factors()
+        return torch.cat([U * S, -U0 * S0], dim=1), torch.cat([Vh, Vh0])
+
+    def restored(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """What still is the rounded start becomes the start: a new adapter keeps the function of the base."""
+        start = {"U.weight": self.U0.weight[:, : self.r], "Vh.weight": self.Vh0.weight[: self.r]}.get(name)
+        whole = super().restored(name, value, dtype)
+        return whole if start is None else torch.where(value == start.to(value.dtype), start, whole)
 
     def matrix(self) -> Tensor:
         return SpectralUpdate.matrix(self)
