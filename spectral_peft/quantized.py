@@ -15,7 +15,7 @@ from spectral_peft.update import SAME_BASE
 
 
 SAME_QUANTIZED_BASE = 0.3
-"""What SAME_BASE is, where one of the two is quantized: rounding to 4 bits stays below it, unrelated weights do not."""
+"""SAME_BASE where one of the two is quantized: rounding to 4 bits stays below it, unrelated weights do not."""
 
 
 def quantization_of(module: nn.Module, key: str) -> QuantizationBackend | None:
