@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace, file: Path) -> None:
     held_out, train = rows[:32], rows[32:]
     started = time.process_time()
     model, groups = ARMS[arguments.arm](model.float(), arguments, train)
-    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, arguments.beta2), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / arguments.steps))
     )
@@ -132,6 +132,7 @@ def main() -> None:
     for name, default in {"r": 128, "steps": 400, "batch": 2, "length": 128, "calibration-rows": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--beta2", type=float, default=0.999, help="of AdamW's second moments")
     parser.add_argument("--value-lr", type=float, default=0.0, help="of the singular values; 0: ten times --lr")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON", help="of SCTConfig, for spectral")
     parser.add_argument("--table", action="store_true", help="print what has been run, and stop")
@@ -145,7 +146,8 @@ def main() -> None:
     rank = "" if arguments.arm == "dense" else f"-r{arguments.r}"
     values = f"-{arguments.value_lr:g}" if arguments.value_lr else ""
     size = f"n{arguments.steps}b{arguments.batch}l{arguments.length}"
-    label = "-".join([f"{size}-{arguments.arm}{rank}-{arguments.lr:g}{values}", *sorted(arguments.set)])
+    beta2 = f"-beta2={arguments.beta2:g}" if arguments.beta2 != 0.999 else ""
+    label = "-".join([f"{size}-{arguments.arm}{rank}-{arguments.lr:g}{values}{beta2}", *sorted(arguments.set)])
     file = arguments.out / f"{label.replace(chr(34), '')}.json"
     return None if file.exists() else run(arguments, file)
 
