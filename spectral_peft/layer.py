@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import one_thread_if_small, same_matrix, sketch
+from spectral_peft.sharded import is_sharded
 from spectral_peft.training import drive
+from spectral_peft.unsupported import refuse_split_weight
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
@@ -139,8 +141,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 and are not those that it was trained with.
         """
         update = self.update_of(adapter_name)
-        if update is None or self.settled[adapter_name] or self.merged:
-            return
+        if update is None or self.settled[adapter_name] or self.merged or is_sharded(update):
+            return  # a sharded one is whole when it is used
         if not update.is_started():
             self.start_(update, self.configs[adapter_name])
         elif update.fingerprint.any():
@@ -368,6 +370,7 @@ def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
             f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
             "nn.Embedding. Leave it out with `exclude_modules`, or name others in `target_modules`."
         )
+    refuse_split_weight(inner.weight, key)
     _check_weight(inner, key)
     return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
 

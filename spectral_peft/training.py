@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from spectral_peft.sharded import is_sharded, whole
+from spectral_peft.unsupported import refuse_flattened
 from spectral_peft.update import SpectralUpdate
 
 
@@ -71,13 +73,20 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Non
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for update in steps_of(optimizer):
-        update.before_optimizer_step()
+        refuse_flattened(update)
+        with whole(update, gradients=True):
+            update.before_optimizer_step()
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     by_class: defaultdict[type[SpectralUpdate], list[SpectralUpdate]] = defaultdict(list)
     for update in steps_of(optimizer):
-        by_class[type(update)].append(update)
+        if is_sharded(update):  # one at a time: no process has room for all of them
+            with whole(update) as shard_of:
+                stale = list(update.after_optimizer_step())
+            reset_state(optimizer, [shard_of.get(id(parameter), parameter) for parameter in stale])
+        else:
+            by_class[type(update)].append(update)
     for update_cls, updates in by_class.items():
         reset_state(optimizer, update_cls.after_optimizer_step_of(updates))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectral_peft.linalg import SKETCH_SIZE, Factors, sketch
+from spectral_peft.unsupported import refuse_flattened
 
 
 if TYPE_CHECKING:
@@ -171,9 +172,17 @@ class SpectralUpdate(nn.Module, ABC):
         """
         return [stale for update in updates for stale in update.after_optimizer_step()]
 
+    def train(self, mode: bool = True) -> Self:
+        """Torch's; raises SpectralError if the schedule could not work on the parameters (FSDP1)."""
+        if mode and self.scheduled:
+            refuse_flattened(self)
+        return super().train(mode)
+
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer moves, by their name in the state dict."""
-        return ((name, value) for name, value in self.named_parameters() if name.split(".")[0] in self.trained)
+        for child, module in self.named_children():
+            if child in self.trained:  # the others are not looked at: where they are sharded, that gathers them
+                yield from module.named_parameters(prefix=child)
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that hold the start, by their name in the state dict."""

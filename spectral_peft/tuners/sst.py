@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,24 @@ class SST(SpectralUpdate):
             )
         if step < 0:
             raise SpectralError(f"step should count optimizer steps, got {step}.")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Torch's; refuses trained vectors without the others, as checkpoints of trainable parameters alone have them.
+
+        Vectors have moved between the two: together with others they would be another weight.
+        """
+        held = {key.removeprefix(prefix) for key in state_dict}
+        missing = [name for name, _ in self.frozen() if name not in held]
+        if missing and "U.weight" in held:
+            *_, errors = lists
+            errors.append(
+                f"The checkpoint has the trained vectors of {prefix.rstrip('.')} and not {', '.join(missing)}, which "
+                "SST exchanges with them. With Trainer and FSDP2 set `state_dict_type` to SHARDED_STATE_DICT, or load "
+                "the adapter that `save_pretrained` wrote."
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[no-untyped-call]
 
     # The schedule
 
