@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, ValuesView
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 
-class _Gathered(dict[str, nn.Parameter | None]):
+class _Gathered(dict[str, Any]):
     """The parameters of one module: those that are sharded are gathered when they are first asked for."""
 
-    def __init__(self, shards: dict[str, nn.Parameter | None], gradients: bool) -> None:
+    def __init__(self, shards: dict[str, Any], gradients: bool) -> None:
         super().__init__(shards)
         self.gradients = gradients
         self.shards: dict[str, nn.Parameter] = {}
 
-    def __getitem__(self, name: str) -> nn.Parameter | None:
+    def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        if isinstance(value, DTensor):
-            self.shards[name] = value
-            parameter = nn.Parameter(_full(value), value.requires_grad)
-            if self.gradients and value.grad is not None:
-                parameter.grad = _full(value.grad)
-            self[name] = value = parameter
-        return value
+        if not isinstance(value, DTensor):
+            return value
+        self.shards[name] = value  # type: ignore[assignment]  # a parameter, too
+        self[name] = parameter = nn.Parameter(_full(value), value.requires_grad)
+        if self.gradients and isinstance(value.grad, DTensor):
+            parameter.grad = _full(value.grad)
+        return parameter
 
-    def items(self) -> ItemsView[str, nn.Parameter | None]:
+    def items(self) -> Any:
         return {name: self[name] for name in self}.items()
 
-    def values(self) -> ValuesView[nn.Parameter | None]:
+    def values(self) -> Any:
         return {name: self[name] for name in self}.values()
 
     def pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """What was gathered: (the shard, the whole parameter)."""
-        for name, shard in self.shards.items():
-            parameter = super().__getitem__(name)
-            assert parameter is not None
-            yield shard, parameter
+        return ((shard, super(_Gathered, self).__getitem__(name)) for name, shard in self.shards.items())
 
 
 @contextmanager
@@ -84,10 +82,10 @@ def _is_sharded(module: nn.Module) -> bool:
     return any(isinstance(value, DTensor) for value in module._parameters.values())
 
 
-def _full(shard: Tensor) -> Tensor:
-    assert isinstance(shard, DTensor)
-    shard = shard.detach().to(shard.device_mesh.device_type)  # shards that are offloaded to the CPU
-    return shard.full_tensor()
+def _full(shard: DTensor) -> Tensor:
+    mesh = shard.device_mesh
+    # FSDP2 may keep shards on the CPU, where the processes of a GPU mesh do not talk to each other.
+    return shard.detach().to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def _take(shard: Tensor, value: Tensor) -> None:

@@ -154,7 +154,7 @@ class SST(SpectralUpdate):
                 "SST exchanges with them. With Trainer and FSDP2 set `state_dict_type` to SHARDED_STATE_DICT, or load "
                 "the adapter that `save_pretrained` wrote."
             )
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     # The schedule
 
