@@ -148,7 +148,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         elif update.fingerprint.any():
             self.check_base(adapter_name, update.fingerprint)
             self.check_start(adapter_name, update)
-            update.check_state(update.state_dict())
+            # Not `state_dict`, at which FSDP2 takes the parameters of this very pass back.
+            update.check_state(dict([*update.named_parameters(), *update.named_buffers()]))
         if update.frees_base:
             self.free_base_weight_()
         self.settled[adapter_name] = True
