@@ -159,6 +159,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         of_base = fingerprint[0].cpu().view(torch.float32)
         if not self.configs[adapter_name].check_base or self.merged or self.is_freed or not of_base.any():
             return
+        if is_sharded(self.get_base_layer()):
+            return  # this follows at the first use, when it is whole
         if not same_matrix(of_base, sketch(self.effective_weight()).cpu(), SAME_BASE):
             raise SpectralError(
                 f"{self.key}: the adapter '{adapter_name}' was trained on another base weight. Load it on the base "

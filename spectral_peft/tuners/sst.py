@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import Factors, svd_of_product
+from spectral_peft.linalg import Factors, same_matrix, sketch, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
+SAME_REST = 1e-2
+"""Relative difference up to which vectors count as the same: rounding to 16 bits stays below it."""
 SAMPLING = (*PROBABILITIES, "sequential", "top")
 
 
@@ -91,6 +93,7 @@ class SST(SpectralUpdate):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("order", torch.arange(k))
         self._before: list[Tensor] = []
+        self._was_loaded = False
 
     @torch.no_grad()
     def start_(self, factors: Factors) -> None:
@@ -138,28 +141,35 @@ class SST(SpectralUpdate):
         if step < 0:
             raise SpectralError(f"step should count optimizer steps, got {step}.")
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        """Torch's; refuses trained vectors without the others, as checkpoints of trainable parameters alone have them.
+    # Exchanged vectors belong together
 
-        Vectors have moved between the two: together with others they would be another weight.
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._was_loaded = True
+
+    def _refuse_other_rest(self) -> None:
+        """Raises SpectralError if the frozen vectors are not those that the trained ones were saved with.
+
+        Checkpoints of what requires a gradient leave the frozen ones out, and nobody but their sketch misses them.
         """
-        held = {key.removeprefix(prefix) for key in state_dict}
-        missing = [name for name, _ in self.frozen() if name not in held]
-        if missing and "U.weight" in held:
-            *_, errors = lists
-            errors.append(
-                f"The checkpoint has the trained vectors of {prefix.rstrip('.')} and not {', '.join(missing)}, which "
-                "SST exchanges with them. With Trainer and FSDP2 set `state_dict_type` to SHARDED_STATE_DICT, or load "
-                "the adapter that `save_pretrained` wrote."
+        of_rest = self.fingerprint[1].cpu().view(torch.float32)
+        if of_rest.any() and not same_matrix(of_rest, sketch(self.start_vector()).cpu(), SAME_REST):
+            raise SpectralError(
+                f"The vectors of {self.seed.partition(' ')[2]} that do not train are not those that the trained ones "
+                "were saved with: the checkpoint holds trainable parameters alone. With Trainer and FSDP2 set "
+                "`state_dict_type` to SHARDED_STATE_DICT, or start from the adapter that `save_pretrained` wrote."
             )
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        self._was_loaded = False
+
+    def _note_rest_(self) -> None:
+        self.fingerprint[1] = sketch(self.start_vector()).view(torch.int32).to(self.fingerprint.device)
 
     # The schedule
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
+        if self._was_loaded:
+            self._refuse_other_rest()
         warm = self.schedule.warmup(int(self.step)) == 1
         self._before = [] if warm else [value.detach().clone() for _, value in self.trained_parameters()]
 
@@ -187,6 +197,7 @@ class SST(SpectralUpdate):
         if self.schedule.is_svd(step):
             self._take(self._decomposed())
         self._swap(self._next(step // self.schedule.steps_per_iteration))
+        self._note_rest_()
         return [value for _, value in self.trained_parameters()]
 
     def _refuse_non_finite(self) -> None:
