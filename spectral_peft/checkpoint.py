@@ -41,6 +41,13 @@ def adapter_updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
                     yield f"{unwrapped(name)}.{container}.{adapter_name}.".lstrip("."), layer, updates[adapter_name]
 
 
+def tensor_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """Unwrapped state dict keys of all tensors of an adapter."""
+    return [
+        f"{prefix}{name}" for prefix, _, update in adapter_updates(model, adapter_name) for name in update.state_dict()
+    ]
+
+
 def start_keys(model: nn.Module, adapter_name: str) -> set[str]:
     """State dict keys of the frozen starts of an adapter, which `save_start=False` leaves out of a checkpoint."""
     return {

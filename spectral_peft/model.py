@@ -23,6 +23,7 @@ from spectral_peft.checkpoint import (
     is_fresh,
     remove_adapter,
     start_keys,
+    tensor_keys,
     unwrapped,
     wrapped_keys,
 )
@@ -210,6 +211,8 @@ class SpectralModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        full = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in tensor_keys(model, adapter_name)}
+        state_dict = {full.get(key, key): value for key, value in state_dict.items()}  # what PEFT missed: see above
         try:
             return wrapped_keys(model, complete_state_dict(model, adapter_name, state_dict))
         except SpectralError:
