@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import chain
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -12,6 +14,23 @@ from spectral_peft.layer import SpectralLinear
 from spectral_peft.update import SpectralUpdate
 
 
+# What FSDP1, activation checkpointing and torch.compile put into the names of modules. The first two take theirs out
+# of state dicts themselves.
+_WRAPPER = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def unwrapped(name: str) -> str:
+    """The name that a module or tensor has without the wrappers around its parents."""
+    return _WRAPPER.sub("", name)
+
+
+def wrapped_keys(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `state_dict`, in unwrapped names, in those of the model's own state dict."""
+    names = (name for name, _ in chain(model.named_parameters(), model.named_buffers()) if "_orig_mod." in name)
+    own = {unwrapped(name): re.sub("_(fsdp|checkpoint)_wrapped_module\\.", "", name) for name in names}
+    return {own.get(key, key): value for key, value in state_dict.items()}
+
+
 def adapter_updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SpectralLinear, SpectralUpdate]]:
     """The updates of an adapter: (state dict prefix of the update, its layer, the update)."""
     for name, layer in model.named_modules():
@@ -19,7 +38,14 @@ def adapter_updates(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
             for container in layer.adapter_layer_names:
                 updates = getattr(layer, container)
                 if adapter_name in updates:
-                    yield f"{name}.{container}.{adapter_name}.".lstrip("."), layer, updates[adapter_name]
+                    yield f"{unwrapped(name)}.{container}.{adapter_name}.".lstrip("."), layer, updates[adapter_name]
+
+
+def tensor_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """Unwrapped state dict keys of all tensors of an adapter."""
+    return [
+        f"{prefix}{name}" for prefix, _, update in adapter_updates(model, adapter_name) for name in update.state_dict()
+    ]
 
 
 def start_keys(model: nn.Module, adapter_name: str) -> set[str]:
@@ -30,7 +56,7 @@ def start_keys(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def complete_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state_dict`, in the model's keys, with the starts that a checkpoint left out computed anew.
+    """Returns `state_dict`, in the model's unwrapped keys, with the starts that a checkpoint left out computed anew.
 
     Raises:
         SpectralError: a tensor is missing or has the wrong shape or kind of dtype, or the adapter was trained on

@@ -16,7 +16,9 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import one_thread_if_small, sketch
 from spectral_peft.quantized import is_same_base, quantization_of, refuse_merging, refuse_replacing
+from spectral_peft.sharded import is_sharded
 from spectral_peft.training import drive
+from spectral_peft.unsupported import refuse_split_weight
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
@@ -138,14 +140,15 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 and are not those that it was trained with.
         """
         update = self.update_of(adapter_name)
-        if update is None or self.settled[adapter_name] or self.merged:
-            return
+        if update is None or self.settled[adapter_name] or self.merged or is_sharded(update):
+            return  # a sharded one is whole when it is used
         if not update.is_started():
             self.start_(update, self.configs[adapter_name])
         elif update.fingerprint.any():
             self.check_base(adapter_name, update.fingerprint)
             self.check_start(adapter_name, update)
-            update.check_state(update.state_dict())
+            # Not `state_dict`, at which FSDP2 takes the parameters of this very pass back.
+            update.check_state(dict([*update.named_parameters(), *update.named_buffers()]))
         if update.frees_base:
             self.free_base_weight_()
         self.settled[adapter_name] = True
@@ -156,6 +159,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         config = self.configs[adapter_name]
         if not config.check_base or self.merged or self.is_freed or not of_base.any():
             return
+        if is_sharded(self.get_base_layer()):
+            return  # this follows at the first use, when it is whole
         here = sketch(self.effective_weight()).cpu()
         if not is_same_base(of_base, here, config.base_quantization, self.quantization_backend):
             raise SpectralError(
@@ -371,6 +376,7 @@ def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
             f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
             "nn.Embedding. Leave it out with `exclude_modules`, or name others in `target_modules`."
         )
+    refuse_split_weight(inner.weight, key)
     _check_weight(inner, key, backend is not None)
     return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
 

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectral_peft.budget import share_budgets_
-from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fresh, remove_adapter, start_keys
+from spectral_peft.checkpoint import (
+    adapter_updates,
+    complete_state_dict,
+    is_fresh,
+    remove_adapter,
+    start_keys,
+    tensor_keys,
+    unwrapped,
+    wrapped_keys,
+)
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
@@ -195,6 +204,12 @@ class SpectralModel(BaseTuner):
             layer.settle(adapter_name)  # in place: an update that nothing has started yet shows in `state_dict` too
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         left_out = set() if config.save_start else start_keys(model, adapter_name)
+        # PEFT looks for the names of its layers, which differ from those of a state dict where layers are wrapped.
+        given = {unwrapped(key): value for key, value in state_dict.items()}
+        keys = (
+            f"{prefix}{k}" for prefix, _, update in adapter_updates(model, adapter_name) for k in update.state_dict()
+        )
+        own = {**{unwrapped(key): value for key, value in own.items()}, **{k: given[k] for k in keys if k in given}}
         return {key: value for key, value in own.items() if key not in left_out}
 
     @classmethod
@@ -206,8 +221,10 @@ class SpectralModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        full = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in tensor_keys(model, adapter_name)}
+        state_dict = {full.get(key, key): value for key, value in state_dict.items()}  # what PEFT missed: see above
         try:
-            return complete_state_dict(model, adapter_name, state_dict)
+            return wrapped_keys(model, complete_state_dict(model, adapter_name, state_dict))
         except SpectralError:
             if is_fresh(model, adapter_name):
                 remove_adapter(model, adapter_name)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from spectral_peft.unsupported import refuse_processes
 from spectral_peft.update import SpectralUpdate
 
 
@@ -125,7 +126,9 @@ def step_in_backward(
 
     Raises:
         ValueError: nothing in the model trains.
+        SpectralError: there are several processes, whose gradients are averaged only after this step.
     """
+    refuse_processes("`step_in_backward`")
     groups = parameter_groups(model, lr, factor_lr=factor_lr, value_lr=value_lr, weight_decay=weight_decay)
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     optimizers = []

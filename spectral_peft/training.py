@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from spectral_peft.errors import SpectralError
+from spectral_peft.sharded import is_sharded, whole
+from spectral_peft.unsupported import refuse_flattened
 from spectral_peft.update import SpectralUpdate
 from spectral_peft.watch import count_as_driven, count_step, steps_seen, watch
 
@@ -125,13 +127,25 @@ def take_resets(optimizer: Any) -> set[int]:
 def take_step(updates: Iterable[SpectralUpdate], optimizer: Any) -> None:
     """The spectral step of updates that a step of `optimizer` moved."""
     by_class: defaultdict[type[SpectralUpdate], list[SpectralUpdate]] = defaultdict(list)
+    stale: list[nn.Parameter] = []
     for update in updates:
-        by_class[type(update)].append(update)
+        if is_sharded(update):  # one at a time: no process has room for all of them
+            with whole(update) as shard_of:
+                changed = list(update.after_optimizer_step())
+            stale += [shard_of.get(id(parameter), parameter) for parameter in changed]
+        else:
+            by_class[type(update)].append(update)
     for update_cls, group in by_class.items():
-        stale = list(update_cls.after_optimizer_step_of(group))
-        if stale and optimizer is not None:
-            reset_state(optimizer, stale)
-            _resets.setdefault(optimizer, set()).update(map(id, stale))
+        stale += update_cls.after_optimizer_step_of(group)
+    if stale and optimizer is not None:
+        reset_state(optimizer, stale)
+        _resets.setdefault(optimizer, set()).update(map(id, stale))
+
+
+def _begin(update: SpectralUpdate) -> None:
+    refuse_flattened(update)
+    with whole(update, gradients=True):
+        update.before_optimizer_step()
 
 
 # Where torch's hooks see the steps
@@ -152,7 +166,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         )
     if not (updates and _is_skipped(optimizer)):
         for update in updates:
-            update.before_optimizer_step()
+            _begin(update)
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -175,7 +189,7 @@ def begin_step(updates: Iterable[SpectralUpdate]) -> dict[SpectralUpdate, int]:
     steps = {update: steps_seen(update) for update in updates}
     for update, seen in steps.items():
         if not seen:  # the hooks do it themselves
-            update.before_optimizer_step()
+            _begin(update)
     return steps
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectral_peft.linalg import SKETCH_SIZE, Factors, same_matrix, sketch
+from spectral_peft.unsupported import refuse_flattened
 
 
 if TYPE_CHECKING:
@@ -222,7 +223,9 @@ class SpectralUpdate(nn.Module, ABC):
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer moves, by their name in the state dict."""
-        return ((name, value) for name, value in self.named_parameters() if name.split(".")[0] in self.trained)
+        for child, module in self.named_children():
+            if child in self.trained:  # the others are not looked at: where they are sharded, that gathers them
+                yield from module.named_parameters(prefix=child)
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that hold the start, by their name in the state dict."""
@@ -237,7 +240,12 @@ class SpectralUpdate(nn.Module, ABC):
         """torch's; what trains is looked at with `restore_dtype_` when training begins.
 
         Not in a process group, where buckets for gradients of the dtype that is there may have been laid out already.
+
+        Raises:
+            SpectralError: the schedule could not work on the parameters (FSDP1).
         """
+        if mode and self.scheduled:
+            refuse_flattened(self)
         if mode and self._was_cast():
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 warnings.warn(

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import Factors, svd_of_product
+from spectral_peft.linalg import Factors, same_matrix, sketch, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
+SAME_REST = 1e-2
+"""Relative difference up to which vectors count as the same: rounding to 16 bits stays below it."""
 SAMPLING = (*PROBABILITIES, "sequential", "top")
 
 
@@ -93,6 +95,7 @@ class SST(SpectralUpdate):
             **schedule._asdict(), sampling=sampling, gradient="enhanced" if enhanced else "default", seed=seed
         )
         self._before: list[Tensor] = []
+        self._was_loaded = False
 
     @torch.no_grad()
     def start_(self, factors: Factors) -> None:
@@ -144,10 +147,35 @@ class SST(SpectralUpdate):
         if step < 0:
             raise SpectralError(f"step should count optimizer steps, got {step}.")
 
+    # Exchanged vectors belong together
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._was_loaded = True
+
+    def _refuse_other_rest(self) -> None:
+        """Raises SpectralError if the frozen vectors are not those that the trained ones were saved with.
+
+        Checkpoints of what requires a gradient leave the frozen ones out, and nobody but their sketch misses them.
+        """
+        of_rest = self.fingerprint[1].cpu().view(torch.float32)
+        if of_rest.any() and not same_matrix(of_rest, sketch(self.start_vector()).cpu(), SAME_REST):
+            raise SpectralError(
+                f"The vectors of {self.seed.partition(' ')[2]} that do not train are not those that the trained ones "
+                "were saved with: the checkpoint holds trainable parameters alone. With Trainer and FSDP2 set "
+                "`state_dict_type` to SHARDED_STATE_DICT, or start from the adapter that `save_pretrained` wrote."
+            )
+        self._was_loaded = False
+
+    def _note_rest_(self) -> None:
+        self.fingerprint[1] = sketch(self.start_vector()).view(torch.int32).to(self.fingerprint.device)
+
     # The schedule
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
+        if self._was_loaded:
+            self._refuse_other_rest()
         warm = self.schedule.warmup(int(self.step)) == 1
         self._before = [] if warm else [value.detach().clone() for _, value in self.trained_parameters()]
 
@@ -175,6 +203,7 @@ class SST(SpectralUpdate):
         if self.schedule.is_svd(step):
             self._take(self._decomposed())
         self._swap(self._next(step // self.schedule.steps_per_iteration))
+        self._note_rest_()
         return [value for _, value in self.trained_parameters()]
 
     def _refuse_non_finite(self) -> None:
