@@ -114,7 +114,9 @@ def _zero_(name: str, value: Tensor) -> None:
     flatten = getattr(value, "__tensor_flatten__", None)
     if flatten is not None:  # a quantized or a sharded tensor, made of tensors
         for inner in flatten()[0]:
-            _zero_(inner, getattr(value, inner))
+            part = getattr(value, inner)
+            if isinstance(part, Tensor):  # a sharded one has its mesh there too
+                _zero_(inner, part)
     elif name not in _CODE_BOOKS:
         value.zero_()
 
