@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectral_peft.cache import cached_factors
 from spectral_peft.calibration import Calibration
+from spectral_peft.card import complete_card
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import ALGORITHMS, Factors, energy_rank, singular_values, truncated_svd, whiten, whitened_svd
 from spectral_peft.update import Size, SpectralUpdate
@@ -135,6 +136,8 @@ class SpectralConfig(PeftConfig, ABC):
     """
 
     method: ClassVar[str]
+    paper: ClassVar[str] = ""
+    """What to cite, in Markdown; the model card says it."""
     clamps_rank: ClassVar[bool] = True
 
     r: Rank = field(default=64, metadata={"help": "Triplets: an integer, a fraction, 'energy=0.9' or 'budget=0.5'."})
@@ -237,6 +240,11 @@ class SpectralConfig(PeftConfig, ABC):
         if folder.is_dir():
             _look_at_tensors(folder)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, which also brings the model card beside the config up to date."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(save_directory, self)
 
     @property
     def container(self) -> str:

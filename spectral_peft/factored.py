@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from spectral_peft.card import complete_card
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.stored import load_tensors
@@ -23,6 +24,8 @@ from spectral_peft.targets import targeted_modules
 BASE = "base"
 """Subfolder of a factored checkpoint with the config of the model: beside adapter_config.json, transformers would take
 a config.json for that of a model whose dense weights are there too."""
+
+LOADING = 'from spectral_peft import load_factored\n\nmodel = load_factored("{}")'
 
 
 def build_factored(
@@ -93,10 +96,11 @@ def save_factored(model: PeftModel, folder: str | Path, *, shard_bytes: int = 5 
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
-    config.save_pretrained(str(folder))
     base: Any = model.get_base_model()
     base.config.save_pretrained(str(folder / BASE))
     model.create_or_update_model_card(str(folder))
+    config.save_pretrained(str(folder))
+    complete_card(folder, config, loading=LOADING.format(folder.name))
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # all that trains is there already
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}.")
     save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=shard_bytes)
