@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.config import PeftConfig
 
 
@@ -75,23 +75,14 @@ def _with_part(text: str, part: str) -> str:
 
 def loading_code(config: Any, source: str, subfolder: str | None = None) -> str:
     """Python code that loads an adapter of `config` from `source`, a folder or a Hub id."""
-    names = f'"{source}"' + (f', subfolder="{subfolder}"' if subfolder else "")
-    if base_id(config) is None:
-        auto, names = "PeftModel", f"base, {names}"
-    elif config.task_type is None:
-        auto = "AutoPeftModel"
-    else:
-        auto = f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type].__name__}"
-    lines = [
-        f"from peft import {auto}",
-        "",
-        f"import spectral_peft  # needed, or PEFT raises KeyError: '{config.peft_type.value}'",
-        "",
-        f"model = {auto}.from_pretrained({names})",
-    ]
-    if base_id(config) is None:
-        lines.insert(-1, "base = ...  # the model that the adapter was trained on")
-    return "\n".join(lines)
+    needed = f"import spectral_peft  # needed, or PEFT raises KeyError: '{config.peft_type.value}'"
+    if base_id(config) is None or subfolder:  # PEFT's Auto classes would look for the base in the subfolder too
+        where = f', subfolder="{subfolder}"' if subfolder else ""
+        base = base_id(config) or "the model that the adapter was trained on"
+        lines = ["from peft import PeftModel", "", needed, "", f"base = ...  # {base}"]
+        return "\n".join([*lines, f'model = PeftModel.from_pretrained(base, "{source}"{where})'])
+    peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel).__name__
+    return f'from peft import Auto{peft_model}\n\n{needed}\n\nmodel = Auto{peft_model}.from_pretrained("{source}")'
 
 
 def _part(config: Any, loading: str) -> str:

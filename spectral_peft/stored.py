@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from torch import Tensor
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.update import Size, SpectralUpdate
+
+
+PATTERN = SAFETENSORS_WEIGHTS_NAME.replace(".", "*.")
 
 
 @dataclass
@@ -95,12 +99,15 @@ def _files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpectralError(f"{index} cannot be read: {error!r}.") from error
     for name in names:
-        if Path(name).name != name or (folder / name).resolve().parent != folder.resolve():
-            raise SpectralError(f"{index} names the file {name!r}, which is not in its folder.")
+        # By the name alone: in the cache of the Hub every file of a folder is a link to another place.
+        if Path(name).name != name or not fnmatch(name, PATTERN):
+            raise SpectralError(f"{index} names the file {name!r}, which is not in its folder or not of an adapter.")
     return [folder / name for name in sorted(names)]
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():  # a named pipe would wait for its writer
+        raise FileNotFoundError(f"There is no file {file}.")
     try:
         return load_file(file)
     except SafetensorError as error:

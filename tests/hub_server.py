@@ -18,6 +18,8 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import transformers.utils.hub
 import yaml
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
@@ -181,7 +183,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str = "main") -> tuple[bytes, dict[str, str]]:
         oid, files = self.hub.at(repo, revision)
-        return self.json({"id": repo, "modelId": repo, "sha": oid, "siblings": [{"rfilename": p} for p in files]})
+        siblings = [{"rfilename": path} for path in files]
+        return self.json({"id": repo, "modelId": repo, "sha": oid, "tags": [], "siblings": siblings})
 
     def tree(self, repo: str, revision: str) -> tuple[bytes, dict[str, str]]:
         _, files = self.hub.at(repo, revision)
@@ -246,4 +249,6 @@ def point_client_at(hub: Hub, cache: str, monkeypatch: Any) -> None:
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it notes the endpoint that it finds first
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")

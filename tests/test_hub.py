@@ -162,8 +162,8 @@ def test_several_adapters(base: Any, hub: Hub) -> None:
     push_to_hub(model, ADAPTER)
     files = hub.repos[ADAPTER][-1][1]
     assert {"README.md", "math/README.md", "math/adapter_model.safetensors"} <= set(files)
-    assert f'from_pretrained("{ADAPTER}", subfolder="math")' in files["README.md"].decode()
-    again = AutoPeftModelForCausalLM.from_pretrained(ADAPTER, subfolder="math")
+    assert f'PeftModel.from_pretrained(base, "{ADAPTER}", subfolder="math")' in files["README.md"].decode()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER, subfolder="math")
     assert torch.equal(logits(again), logits(model))
 
 
