@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,6 +84,30 @@ def check_rank(r: Rank) -> None:
         raise ValueError(
             f"`r` should be a positive integer, a fraction in (0, 1], 'energy=s' or 'budget=s', got {r!r}."
         )
+
+
+_SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (Integral,),
+    "float": (Real,),
+    "str": (str,),
+    "dict[str, Rank]": (dict,),
+}
+
+
+def _check_type(entry: Field[Any], value: object) -> None:
+    """Raises TypeError unless a field of a simple type holds one: a config may come from a file that is damaged."""
+    wanted = str(entry.type).removesuffix(" | None")
+    optional = wanted != entry.type and value is None
+    if not optional and not isinstance(value, _SIMPLE_TYPES.get(wanted, object)):
+        raise TypeError(f"`{entry.name}` should be of type {entry.type}, got {value!r:.200}.")
+
+
+def _check_pattern(pattern: object) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise ValueError(f"A key of `rank_pattern` should be a regular expression, got {pattern!r}: {error}.") from error
 
 
 def _look_at_tensors(folder: Path) -> None:
@@ -183,6 +209,8 @@ class SpectralConfig(PeftConfig, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SpectralPeftType(f"SPECTRAL_{self.method.upper()}")
+        for entry in fields(self):
+            _check_type(entry, getattr(self, entry.name))
         self._take_format_version()
         self._check_fields()
         if isinstance(self.target_modules, list):
@@ -203,6 +231,8 @@ class SpectralConfig(PeftConfig, ABC):
     def _check_fields(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
             check_rank(r)
+        for pattern in self.rank_pattern:
+            _check_pattern(pattern)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
         if self.bias not in ("none", "all", "spectral_only"):

@@ -60,7 +60,7 @@ def open_adapter(source: str | Path) -> StoredAdapter:
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise SpectralError(f"{folder / CONFIG_NAME} cannot be read: {error!r}.") from error
     if not isinstance(config, SpectralConfig):
         raise SpectralError(f"{folder} holds an adapter of type {config.peft_type}, not of a spectral method.")
@@ -96,7 +96,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SAFETENSORS_WEIGHTS_NAME]
     try:
         names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpectralError(f"{index} cannot be read: {error!r}.") from error
     for name in names:
         # By the name alone: in the cache of the Hub every file of a folder is a link to another place.
