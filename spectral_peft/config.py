@@ -107,7 +107,9 @@ def _check_pattern(pattern: object) -> None:
     try:
         re.compile(pattern)  # type: ignore[call-overload]
     except (re.error, TypeError) as error:
-        raise ValueError(f"A key of `rank_pattern` should be a regular expression, got {pattern!r}: {error}.") from error
+        raise ValueError(
+            f"A key of `rank_pattern` should be a regular expression, got {pattern!r}: {error}."
+        ) from error
 
 
 def _look_at_tensors(folder: Path) -> None:

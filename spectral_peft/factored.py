@@ -146,7 +146,9 @@ def load_factored(
 def _refuse_deeper(model_config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
     layers = getattr(model_config.get_text_config(), "num_hidden_layers", 0)
     if layers > len(tensors):
-        raise SpectralError(f"The config of the model has {layers} layers, the checkpoint only {len(tensors)} tensors.")
+        raise SpectralError(
+            f"The config of the model has {layers} layers, the checkpoint only {len(tensors)} tensors."
+        )
 
 
 def _refuse_larger(planned: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -23,6 +23,8 @@ from spectral_peft.errors import SpectralError
 from spectral_peft.update import Size, SpectralUpdate
 
 
+MOST_TENSORS = 64
+"""No update has as many."""
 PATTERN = SAFETENSORS_WEIGHTS_NAME.replace(".", "*.")
 
 
@@ -139,6 +141,8 @@ def _rebuilt(config: SpectralConfig, module: str, tensors: Mapping[str, Tensor])
 
 
 def _sizes(config: SpectralConfig, module: str, tensors: Mapping[str, Tensor]) -> Iterator[Size]:
+    if len(tensors) > MOST_TENSORS:  # the sizes to try grow with the square of their number
+        return
     shapes = [value.shape for name, value in tensors.items() if value.ndim == 2 and name != "fingerprint"]
     wanted = config.rank_of(module)
     for m, n in product({shape[0] for shape in shapes}, {shape[1] for shape in shapes}):
@@ -149,4 +153,5 @@ def _sizes(config: SpectralConfig, module: str, tensors: Mapping[str, Tensor]) -
 
 
 def _described(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in sorted(tensors.items()))
+    first = sorted(tensors.items())[:MOST_TENSORS]
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in first)

@@ -42,7 +42,20 @@ BYTES = 4 * 2**30
 HOSTILE: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 7, 10**12, -(10**12), 2**31, 2**60, 2**63, 10**40, 0.5, 1e308, -0.0),
     *(float("nan"), float("inf"), float("-inf")),
-    *("", "x", "../../outside", "/etc/passwd", "\x00", "\ud800", "(", "[", "*", "a" * 10_000, "energy=0.9", "energy=nan"),
+    *(
+        "",
+        "x",
+        "../../outside",
+        "/etc/passwd",
+        "\x00",
+        "\ud800",
+        "(",
+        "[",
+        "*",
+        "a" * 1000,
+        "energy=0.9",
+        "energy=nan",
+    ),
     *("budget=0.5", "all-linear", "F32", "BF16", "I64", "U8", "F8_E4M3", "C64", "BOOL", "F4", "SPECTRAL_SST", "LORA"),
     *([], {}, [[]], [None], [0], [2**60, 0], [0, 2**60], [2**32, 2**32], [-1], ["x"], {"x": "y"}, {"": 0}, {"(": 8}),
     *({"q_proj": 10**12}, {"q_proj": "energy=0.9"}, {"q_proj": None}, [1] * 70, "__import__('os').system('true')"),
@@ -170,12 +183,15 @@ def samples(folder: Path) -> list[tuple[int, Sample]]:
         train_(model, method.lr, steps=1)
         model.save_pretrained(folder / method.name)
         files = files_of(folder / method.name)
-        found += [(60, Sample(f"{method}-stored", files, read_stored)), (40, Sample(f"{method}-config", files, read_config))]
-        found += [(2, Sample(f"{method}-model", files, read_model))]
+        found += [
+            (60, Sample(f"{method}-stored", files, read_stored)),
+            (40, Sample(f"{method}-config", files, read_config)),
+        ]
+        found += [(1, Sample(f"{method}-model", files, read_model))]
     config = SCTConfig(r=4, target_modules=["q_proj"], init="random", keep_base_weight=False)
     save_factored(build_factored(llama().config, config), folder / "factored", shard_bytes=20_000)
     files = files_of(folder / "factored")
-    found += [(40, Sample("sharded-stored", files, read_stored)), (4, Sample("factored-model", files, load_factored))]
+    found += [(40, Sample("sharded-stored", files, read_stored)), (2, Sample("factored-model", files, load_factored))]
     return found
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +89,26 @@ def test_a_factored_model_in_shards(hub: Hub, tmp_path: Path) -> None:
     stored = open_adapter(ADAPTER)
     assert torch.equal(logits(load_factored(stored.folder)), logits(model))
     assert len(stored.updates) == len(list(layers(model)))
+
+
+def test_a_program_that_does_not_import_the_package(tmp_path: Path) -> None:
+    """The command of the guide."""
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "hub.md"
+    code = re.search(r'^python -c "(.*?)" --its-options$', guide.read_text(encoding="utf-8"), re.MULTILINE)[1]
+    (tmp_path / "some_tool.py").write_text(
+        "import sys\nfrom peft import get_peft_config\n"
+        "assert __name__ == '__main__'\n"
+        "print(get_peft_config({'peft_type': 'SPECTRAL_SVFIT'}).method, sys.argv[1:])\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(guide.parents[2])])
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--its-options"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert result.stdout.splitlines()[-1] == "svfit ['--its-options']"
 
 
 # The card
