@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.config import PeftConfig
 
@@ -49,7 +50,7 @@ def tags_of(config: Any) -> list[str]:
     return ["spectral-peft", config.method]
 
 
-def _complete_metadata(data: ModelCardData, config: Any) -> None:
+def _complete_metadata(data: Any, config: Any) -> None:
     data["library_name"] = "peft"
     base = base_id(config)
     # The Hub refuses a card whose base model is a path, and the tag would publish that path.
@@ -104,9 +105,9 @@ With `spectral_peft` installed:
 
 ## Use it without spectral_peft
 
-Load it once as above, and save the model in a form that needs no plugin: `spectral_peft.export_lora(model, "my-lora")` for a
-plain LoRA (`rank=...` approximates a change of full rank), or `spectral_peft.export_merged(model, "my-model")` for
-dense weights.
+Load it once as above, and save the model in a form that needs no plugin: `spectral_peft.export_lora(model, "my-lora")`
+for a plain LoRA (`rank=...` approximates a change of full rank), or `spectral_peft.export_merged(model, "my-model")`
+for dense weights.
 
 ## Hyper-parameters
 
@@ -116,7 +117,7 @@ dense weights.
 
 
 def _hyper_parameters(config: Any) -> str:
-    """The rank and what differs from the defaults, but for what the card says elsewhere and ranks of single modules."""
+    """The rank and what differs from the defaults, without the ranks of single modules."""
     told = {*PeftConfig.__dataclass_fields__, "rank_pattern", "dense_modules", "format_version"}
     values, lines = config.to_dict(), []
     for entry in fields(config):

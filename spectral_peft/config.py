@@ -103,13 +103,13 @@ def _check_type(entry: Field[Any], value: object) -> None:
         raise TypeError(f"`{entry.name}` should be of type {entry.type}, got {value!r:.200}.")
 
 
-def _check_pattern(pattern: object) -> None:
-    try:
-        re.compile(pattern)  # type: ignore[call-overload]
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"A key of `rank_pattern` should be a regular expression, got {pattern!r}: {error}."
-        ) from error
+def _check_rank_pattern(rank_pattern: dict[str, Rank]) -> None:
+    for pattern, r in rank_pattern.items():
+        check_rank(r)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in `rank_pattern` is no regular expression: {error}.") from error
 
 
 def _look_at_tensors(folder: Path) -> None:
@@ -231,10 +231,8 @@ class SpectralConfig(PeftConfig, ABC):
         self.format_version = FORMAT_VERSION
 
     def _check_fields(self) -> None:
-        for r in (self.r, *self.rank_pattern.values()):
-            check_rank(r)
-        for pattern in self.rank_pattern:
-            _check_pattern(pattern)
+        check_rank(self.r)
+        _check_rank_pattern(self.rank_pattern)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
         if self.bias not in ("none", "all", "spectral_only"):

@@ -1,6 +1,6 @@
 """Damaged and hostile adapters: valid ones, mutated, and what must hold when they are read.
 
-`python -m tests.fuzz 100000` (`make fuzz`) runs so many and prints what went wrong, each with the seed that repeats it.
+`python -m tests.fuzz 100000` (`make fuzz`) runs so many and prints what went wrong, with the seed that repeats it.
 """
 
 from __future__ import annotations

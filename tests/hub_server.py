@@ -53,16 +53,16 @@ class Hub:
     def at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]]:
         commits = self.repos.get(repo, [])
         if not commits:
-            raise Refusal(404, "RepoNotFound")
+            raise RefusalError(404, "RepoNotFound")
         for oid, files in commits:
             if oid == revision:
                 return oid, files
         if revision != "main":
-            raise Refusal(404, "RevisionNotFound")
+            raise RefusalError(404, "RevisionNotFound")
         return commits[-1]
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     def __init__(self, status: int, code: str = "", body: Any = None) -> None:
         super().__init__(code)
         self.status, self.code, self.body = status, code, body or {"error": code}
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.answer()
 
-    do_GET = do_POST = do_PUT = do_HEAD
+    do_GET = do_POST = do_PUT = do_HEAD  # noqa: N815
 
     def answer(self) -> None:
         method = "GET" if self.command == "HEAD" else self.command
@@ -97,8 +97,8 @@ class Handler(BaseHTTPRequestHandler):
                 match = re.fullmatch(pattern, path)
                 if match and method == wanted:
                     return self.send(200, *view(self, **match.groupdict()))
-            raise Refusal(501, f"{method} {path}")
-        except Refusal as refusal:
+            raise RefusalError(501, f"{method} {path}")
+        except RefusalError as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code}
             return self.send(refusal.status, json.dumps(refusal.body).encode(), headers)
 
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         repo = f"{asked['organization'] or 'somebody'}/{asked['name']}"
         if repo in self.hub.repos:
-            raise Refusal(409, "RepoExists", {"url": f"{self.hub.url}/{repo}", "name": repo})
+            raise RefusalError(409, "RepoExists", {"url": f"{self.hub.url}/{repo}", "name": repo})
         self.hub.commit(repo, {".gitattributes": b""})
         return self.json({"url": f"{self.hub.url}/{repo}", "name": repo})
 
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             validate_repo_id(base or "some/model")
         except ValueError:
             message = f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
-            raise Refusal(400, "", {"errors": [{"message": message}], "warnings": []}) from None
+            raise RefusalError(400, "", {"errors": [{"message": message}], "warnings": []}) from None
         return self.json({"errors": [], "warnings": []})
 
     def preupload(self, repo: str, revision: str) -> tuple[bytes, dict[str, str]]:
@@ -156,14 +156,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload(self, oid: str) -> tuple[bytes, dict[str, str]]:
         if sha256(self.body) != oid:
-            raise Refusal(400, "BadChecksum")
+            raise RefusalError(400, "BadChecksum")
         self.hub.large[oid] = self.body
         return b"", {}
 
     def verify(self) -> tuple[bytes, dict[str, str]]:
         asked = json.loads(self.body)
         if len(self.hub.large[asked["oid"]]) != asked["size"]:
-            raise Refusal(400, "BadSize")
+            raise RefusalError(400, "BadSize")
         self.hub.verified.add(asked["oid"])
         return self.json({})
 
@@ -199,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, revision: str, path: str) -> tuple[bytes, dict[str, str]]:
         oid, files = self.hub.at(repo, revision)
         if path not in files:
-            raise Refusal(404, "EntryNotFound")
+            raise RefusalError(404, "EntryNotFound")
         data = files[path]
         headers = {"X-Repo-Commit": oid, "ETag": f'"{sha256(data)[:40]}"'}
         if is_large(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ def test_the_watch_sees_what_is_forbidden(fuzzer: fuzz.Fuzzer, tmp_path: Path) -
     with pytest.raises(RuntimeError, match="memory"), fuzz.bounded(fuzz.SECONDS, fuzz.BYTES):
         torch.empty(2 * fuzz.BYTES, dtype=torch.uint8)
     with pytest.raises(TimeoutError), fuzz.bounded(1, fuzz.BYTES):
-        while True:
-            pass
+        signal.pause()
 
 
 # Single ones
@@ -88,7 +88,7 @@ def test_the_watch_sees_what_is_forbidden(fuzzer: fuzz.Fuzzer, tmp_path: Path) -
     ("field", "value", "message"),
     [
         ("rank_pattern", "q_proj", "`rank_pattern` should be of type"),
-        ("rank_pattern", {"(": 8}, "`rank_pattern` should be a regular expression"),
+        ("rank_pattern", {"(": 8}, "'\\(' in `rank_pattern` is no regular expression"),
         ("rank_pattern", {"q_proj": -1}, "`r` should be"),
         ("dropout", "0.5", "`dropout` should be of type float"),
         ("save_start", "yes", "`save_start` should be of type bool"),
@@ -138,14 +138,14 @@ def test_a_shard_elsewhere(factored: Path, name: str) -> None:
     (factored.parent / "outside.safetensors").write_bytes((next(factored.glob("*.safetensors"))).read_bytes())
     edit(factored / "adapter_model.safetensors.index.json", weight_map={"x": name})
     for read in (open_adapter, load_factored):
-        with pytest.raises((SpectralError, FileNotFoundError), match="not in its folder|no file|null byte"):
+        with pytest.raises((SpectralError, FileNotFoundError), match=r"not in its folder|no file|null byte"):
             read(factored)
 
 
 def test_a_pipe_does_not_wait_for_its_writer(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     os.mkfifo(adapter / "adapter_model.safetensors")
-    with fuzz.bounded(fuzz.SECONDS, fuzz.BYTES), pytest.warns(UserWarning), pytest.raises(FileNotFoundError):
+    with fuzz.bounded(fuzz.SECONDS, fuzz.BYTES), pytest.raises(FileNotFoundError):
         open_adapter(adapter)
 
 

@@ -123,11 +123,13 @@ def test_the_card_says_what_it_is_and_how_to_load_it(base: Any, hub: Hub, method
     assert {"spectral-peft", method.config.method, f"base_model:adapter:{BASE}"} <= set(found.data.tags)
     assert f"# {method.config.__name__.removesuffix('Config')} adapter" in found.text
     assert "More Information Needed" not in found.text
-    assert method.config.paper and method.config.paper in found.text
+    assert method.config.paper
+    assert method.config.paper in found.text
     assert "- `r`: `8`" in found.text
     for name, value in method.fields:
         assert f"- `{name}`: `{str(value).lower()}`" in found.text
-    assert "export_lora" in found.text and "export_merged" in found.text
+    assert "export_lora" in found.text
+    assert "export_merged" in found.text
 
 
 def test_the_code_of_the_card_runs(base: Any, hub: Hub, method: Method) -> None:
@@ -162,8 +164,10 @@ def test_what_somebody_wrote_is_kept(base: Any, tmp_path: Path) -> None:
     model.peft_config["default"].dropout = 0.5
     model.save_pretrained(folder)
     again = ModelCard.load(folder / "README.md")
-    assert "## Results\n\nPerplexity 5.7" in again.text and again.data.license == "mit"
-    assert again.text.count("# SVFit adapter") == 1 and "- `dropout`: `0.5`" in again.text
+    assert "## Results\n\nPerplexity 5.7" in again.text
+    assert again.data.license == "mit"
+    assert again.text.count("# SVFit adapter") == 1
+    assert "- `dropout`: `0.5`" in again.text
 
 
 def test_the_card_of_a_trainer_is_completed(base: Any, hub: Hub, tmp_path: Path) -> None:

@@ -293,8 +293,8 @@ class SSTConfig(SpectralConfig):
 
     method: ClassVar[str] = "sst"
     paper: ClassVar[str] = (
-        "Jialin Zhao, Yingtao Zhang, Xinghang Li, Huaping Liu and Carlo Vittorio Cannistraci, *Sparse Spectral Training "
-        "and Inference on Euclidean and Hyperbolic Neural Networks*, ICML 2025, "
+        "Jialin Zhao, Yingtao Zhang, Xinghang Li, Huaping Liu and Carlo Vittorio Cannistraci, *Sparse Spectral "
+        "Training and Inference on Euclidean and Hyperbolic Neural Networks*, ICML 2025, "
         "[arXiv 2405.15481](https://arxiv.org/abs/2405.15481)"
     )
     clamps_rank: ClassVar[bool] = False  # with all triplets training there is nothing to sample
