@@ -1,5 +1,6 @@
 # make demo   fine-tune a small language model with SVFit and PiSSA (about 5 minutes on 2 cores)
 # make test   lint, types, import contracts, documentation and tests
+# make fuzz   100,000 damaged and hostile adapters (some minutes)
 # make lock   resolve requirements.lock anew (needs uv)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ OLDEST_PEFT := 0.21.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types contracts docs unit oldest lock
+.PHONY: demo test lint types contracts docs unit oldest fuzz lock
 
 demo: .venv/installed
 	$(BIN)/python examples/finetune_causal_lm.py
@@ -48,6 +49,9 @@ oldest: .venv/oldest-peft
 .venv/oldest-peft: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ peft==$(OLDEST_PEFT)
 	touch $@
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz 100000
 
 # torch pins its own CUDA packages; builds of torch without CUDA do not need them, so they stay out of the lock.
 lock:

@@ -29,7 +29,7 @@ autodoc_typehints = "signature"
 
 # The pages are built without network, so the inventories of torch and PEFT are not at hand to link to.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|peft|transformers|collections|pathlib|typing)\..*"),
+    ("py:.*", r"(torch|peft|transformers|huggingface_hub|collections|contextlib|pathlib|typing)\..*"),
     ("py:class", r"Tensor|nn\.Parameter"),
     ("py:class", r"spectral_peft\.model\.Config"),  # a type variable
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from spectral_peft.cache import cached_factors
 from spectral_peft.calibration import Calibration
+from spectral_peft.card import complete_card
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import (
     ALGORITHMS,
@@ -93,6 +96,32 @@ def check_rank(r: Rank) -> None:
         )
 
 
+_SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (Integral,),
+    "float": (Real,),
+    "str": (str,),
+    "dict[str, Rank]": (dict,),
+}
+
+
+def _check_type(entry: Field[Any], value: object) -> None:
+    """Raises TypeError unless a field of a simple type holds one: a config may come from a file that is damaged."""
+    wanted = str(entry.type).removesuffix(" | None")
+    optional = wanted != entry.type and value is None
+    if not optional and not isinstance(value, _SIMPLE_TYPES.get(wanted, object)):
+        raise TypeError(f"`{entry.name}` should be of type {entry.type}, got {value!r:.200}.")
+
+
+def _check_rank_pattern(rank_pattern: dict[str, Rank]) -> None:
+    for pattern, r in rank_pattern.items():
+        check_rank(r)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in `rank_pattern` is no regular expression: {error}.") from error
+
+
 def _look_at_tensors(folder: Path) -> None:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() and not (folder / WEIGHTS_NAME).is_file():
@@ -146,6 +175,8 @@ class SpectralConfig(PeftConfig, ABC):
     """
 
     method: ClassVar[str]
+    paper: ClassVar[str] = ""
+    """What to cite, in Markdown; the model card says it."""
     clamps_rank: ClassVar[bool] = True
 
     r: Rank = field(default=64, metadata={"help": "Triplets: an integer, a fraction, 'energy=0.9' or 'budget=0.5'."})
@@ -194,6 +225,8 @@ class SpectralConfig(PeftConfig, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SpectralPeftType(f"SPECTRAL_{self.method.upper()}")
+        for entry in fields(self):
+            _check_type(entry, getattr(self, entry.name))
         self._take_format_version()
         self._check_fields()
         if isinstance(self.target_modules, list):
@@ -212,8 +245,8 @@ class SpectralConfig(PeftConfig, ABC):
         self.format_version = FORMAT_VERSION
 
     def _check_fields(self) -> None:
-        for r in (self.r, *self.rank_pattern.values()):
-            check_rank(r)
+        check_rank(self.r)
+        _check_rank_pattern(self.rank_pattern)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
         if self.bias not in ("none", "all", "spectral_only"):
@@ -251,6 +284,11 @@ class SpectralConfig(PeftConfig, ABC):
         if folder.is_dir():
             _look_at_tensors(folder)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, which also brings the model card beside the config up to date."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(save_directory, self)
 
     @property
     def container(self) -> str:

@@ -10,10 +10,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from spectral_peft.card import complete_card
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.stored import load_tensors
@@ -23,6 +24,10 @@ from spectral_peft.targets import targeted_modules
 BASE = "base"
 """Subfolder of a factored checkpoint with the config of the model: beside adapter_config.json, transformers would take
 a config.json for that of a model whose dense weights are there too."""
+FAR_MORE = 100
+"""`modules_to_save` may leave out what was not trained, such as the embedding, but not this many times what was."""
+
+LOADING = 'from spectral_peft import load_factored\n\nmodel = load_factored("{}")'
 
 
 def build_factored(
@@ -93,10 +98,11 @@ def save_factored(model: PeftModel, folder: str | Path, *, shard_bytes: int = 5 
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
-    config.save_pretrained(str(folder))
     base: Any = model.get_base_model()
     base.config.save_pretrained(str(folder / BASE))
     model.create_or_update_model_card(str(folder))
+    config.save_pretrained(str(folder))
+    complete_card(folder, config, loading=LOADING.format(folder.name))
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # all that trains is there already
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}.")
     save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=shard_bytes)
@@ -121,14 +127,39 @@ def load_factored(
     tensors = load_tensors(folder)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    model = build_factored(
-        AutoConfig.from_pretrained(str(config_file.parent)), config, auto_class=auto_class, device=device
-    )
+    try:
+        model_config = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
+        _refuse_deeper(model_config, tensors)
+        _refuse_larger(build_factored(model_config, config, auto_class=auto_class, device="meta"), tensors)
+    except SpectralError:
+        raise
+    except Exception as error:  # whatever transformers and the model's own code make of a damaged config
+        raise SpectralError(f"The model of {config_file} cannot be built: {error!r:.1000}") from error
+    model = build_factored(model_config, config, auto_class=auto_class, device=device)
     try:
         set_peft_model_state_dict(model, tensors)
     except KeyError as error:  # what PEFT raises for a module of `modules_to_save` that is not there
         raise SpectralError(f"The checkpoint in {folder} has no tensor {error}: it is incomplete.") from error
     return model
+
+
+def _refuse_deeper(model_config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
+    layers = getattr(model_config.get_text_config(), "num_hidden_layers", 0)
+    if layers > len(tensors):
+        raise SpectralError(
+            f"The config of the model has {layers} layers, the checkpoint only {len(tensors)} tensors."
+        )
+
+
+def _refuse_larger(planned: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Before anything is allocated: a damaged config may describe a model that no machine holds."""
+    wanted = sum(value.numel() for value in planned.parameters())
+    stored = sum(value.numel() for value in tensors.values())
+    if wanted > FAR_MORE * stored:
+        raise SpectralError(
+            f"The config describes a model of {wanted:,} parameters, the checkpoint holds {stored:,} numbers: they do "
+            "not belong together."
+        )
 
 
 def _refuse_tied(model: PreTrainedModel) -> None:

@@ -15,8 +15,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from spectral_peft.budget import share_budgets_
+from spectral_peft.card import tags_of
 from spectral_peft.checkpoint import (
     adapter_updates,
     complete_state_dict,
@@ -67,6 +69,8 @@ class SpectralModel(BaseTuner):
         # ending of another one.
         config: SpectralConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         config.rank_pattern = {**self._energy_ranks, **config.rank_pattern}
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags(tags_of(config))  # PEFT's and the trainers' model cards have them from there
         # Only now: had a later layer failed, the weights of the earlier ones would be lost.
         for _, layer, update in adapter_updates(model, adapter_name):
             if update.frees_base and (layer.settled[adapter_name] or layer.base_parameter.is_meta):

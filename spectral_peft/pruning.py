@@ -20,6 +20,9 @@ from spectral_peft.tuners.sct import SCTConfig
 from spectral_peft.update import Size, SpectralUpdate
 
 
+__all__ = ["Pruned", "prune"]
+
+
 class Pruned(NamedTuple):
     """What pruning kept of one weight: `kept` of `values` singular values, and `error`, ||W' - W||_F / ||W||_F."""
 

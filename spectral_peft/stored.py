@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from torch import Tensor
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.update import Size, SpectralUpdate
+
+
+__all__ = ["StoredAdapter", "open_adapter"]
+
+
+MOST_TENSORS = 64
+"""No update has as many."""
+PATTERN = SAFETENSORS_WEIGHTS_NAME.replace(".", "*.")
 
 
 @dataclass
@@ -56,7 +65,7 @@ def open_adapter(source: str | Path) -> StoredAdapter:
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise SpectralError(f"{folder / CONFIG_NAME} cannot be read: {error!r}.") from error
     if not isinstance(config, SpectralConfig):
         raise SpectralError(f"{folder} holds an adapter of type {config.peft_type}, not of a spectral method.")
@@ -92,15 +101,18 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SAFETENSORS_WEIGHTS_NAME]
     try:
         names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpectralError(f"{index} cannot be read: {error!r}.") from error
     for name in names:
-        if Path(name).name != name or (folder / name).resolve().parent != folder.resolve():
-            raise SpectralError(f"{index} names the file {name!r}, which is not in its folder.")
+        # By the name alone: in the cache of the Hub every file of a folder is a link to another place.
+        if Path(name).name != name or not fnmatch(name, PATTERN):
+            raise SpectralError(f"{index} names the file {name!r}, which is not in its folder or not of an adapter.")
     return [folder / name for name in sorted(names)]
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():  # a named pipe would wait for its writer
+        raise FileNotFoundError(f"There is no file {file}.")
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -132,6 +144,8 @@ def _rebuilt(config: SpectralConfig, module: str, tensors: Mapping[str, Tensor])
 
 
 def _sizes(config: SpectralConfig, module: str, tensors: Mapping[str, Tensor]) -> Iterator[Size]:
+    if len(tensors) > MOST_TENSORS:  # the sizes to try grow with the square of their number
+        return
     shapes = [value.shape for name, value in tensors.items() if value.ndim == 2 and name != "fingerprint"]
     wanted = config.rank_of(module)
     for m, n in product({shape[0] for shape in shapes}, {shape[1] for shape in shapes}):
@@ -142,4 +156,5 @@ def _sizes(config: SpectralConfig, module: str, tensors: Mapping[str, Tensor]) -
 
 
 def _described(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in sorted(tensors.items()))
+    first = sorted(tensors.items())[:MOST_TENSORS]
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in first)

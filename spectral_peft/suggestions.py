@@ -14,6 +14,9 @@ from spectral_peft.linalg import allocate_ranks, effective_rank, energy_rank, no
 from spectral_peft.targets import targeted_modules
 
 
+__all__ = ["RankSuggestion", "suggest_ranks"]
+
+
 class RankSuggestion(NamedTuple):
     """Ranks for one weight.
 

@@ -13,6 +13,9 @@ from spectral_peft.stored import StoredAdapter
 from spectral_peft.update import SpectralUpdate
 
 
+__all__ = ["Finding", "verify"]
+
+
 LARGEST_DRIFT = 0.3
 """The largest entry of |X^T X - I| that training leaves behind: the vectors of SST drift between two SVDs."""
 

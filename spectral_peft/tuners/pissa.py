@@ -79,6 +79,10 @@ class PiSSAConfig(SpectralConfig):
     """
 
     method: ClassVar[str] = "pissa"
+    paper: ClassVar[str] = (
+        "Fanxu Meng, Zhaohui Wang and Muhan Zhang, *PiSSA: Principal Singular Values and Singular Vectors Adaptation "
+        "of Large Language Models*, [arXiv 2404.02948](https://arxiv.org/abs/2404.02948), 2024"
+    )
 
     alpha: float | None = field(
         default=None, metadata={"help": "The update is scaled by alpha / r. None means r: a scaling of 1."}

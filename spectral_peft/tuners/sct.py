@@ -255,6 +255,10 @@ class SCTConfig(CalibratedConfig):
     """
 
     method: ClassVar[str] = "sct"
+    paper: ClassVar[str] = (
+        "Björn R. Kohlberger, *Spectral Compact Training: Pre-Training Large Language Models via Permanent Truncated "
+        "SVD and Stiefel QR Retraction*, [arXiv 2604.00733](https://arxiv.org/abs/2604.00733), 2026"
+    )
 
     retraction: str = field(default="polar", metadata={"help": f"One of {', '.join(RETRACTIONS)}."})
     gradient: str = field(default="euclidean", metadata={"help": "'euclidean' or 'riemannian'."})

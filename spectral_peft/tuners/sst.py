@@ -333,6 +333,11 @@ class SSTConfig(SpectralConfig):
     """
 
     method: ClassVar[str] = "sst"
+    paper: ClassVar[str] = (
+        "Jialin Zhao, Yingtao Zhang, Xinghang Li, Huaping Liu and Carlo Vittorio Cannistraci, *Sparse Spectral "
+        "Training and Inference on Euclidean and Hyperbolic Neural Networks*, ICML 2025, "
+        "[arXiv 2405.15481](https://arxiv.org/abs/2405.15481)"
+    )
     clamps_rank: ClassVar[bool] = False  # with all triplets training there is nothing to sample
 
     pool: int | None = field(default=None, metadata={"help": "Train within this many leading triplets, additively."})

@@ -60,6 +60,11 @@ class SVFitConfig(SpectralConfig):
     """
 
     method: ClassVar[str] = "svfit"
+    paper: ClassVar[str] = (
+        "Chengwei Sun, Jiwei Wei, Yujia Wu, Yiming Shi, Shiyuan He, Zeyu Ma, Ning Xie and Yang Yang, *SVFit: "
+        "Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values*, "
+        "[arXiv 2409.05926](https://arxiv.org/abs/2409.05926), 2024"
+    )
 
     def build(self, size: Size) -> SVFit:
         return SVFit(size)
