@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import one_thread_if_small, same_matrix, sketch
+from spectral_peft.mixed_batch import by_sample
 from spectral_peft.training import drive
 from spectral_peft.update import SAME_BASE, Size, SpectralUpdate, compute_dtype
 
@@ -202,20 +203,35 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.key}: the adapters {names} each replace the base weight; activate one of them.")
         return names[0] if names else None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             self.need_base_weight("`disable_adapter`")
             return self.base_layer(x, *args, **kwargs)
-        if self.replacing(self.active_adapters) is None:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            dtype = result.dtype
-        else:
+        if adapter_names is None:
+            replaced = self.replacing(self.active_adapters) is not None
+            base = None if replaced else self.base_layer(x, *args, **kwargs)
+            return self.adapted(base, x, self.active_adapters)
+        replacing = {name for name in adapter_names if self.replacing([name]) is not None}
+        if not replacing.issuperset(adapter_names):
+            self.need_base_weight("a sample that goes through another adapter, or none,")
+            base = self.base_layer(x, *args, **kwargs)
+        return by_sample(
+            adapter_names,
+            len(x),
+            lambda name, rows: self.adapted(None if name in replacing else base[rows], x[rows], [name]),
+        )
+
+    def adapted(self, base: Tensor | None, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The base layer's output with the changes of these adapters; it is None if one of them replaces it."""
+        if base is None:
             bias = getattr(self.get_base_layer(), "bias", None)  # nn.Embedding has no such attribute
-            result = torch.zeros((), device=x.device) if bias is None else bias
+            result: Tensor = torch.zeros((), device=x.device) if bias is None else bias
             dtype = compute_dtype(x, self.base_parameter)
-        for adapter_name in self.active_adapters:
+        else:
+            result, dtype = base, base.dtype
+        for adapter_name in adapter_names:
             change = self.change(adapter_name, x)
             if change is not None:
                 result = result + change

@@ -21,6 +21,7 @@ from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fr
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
+from spectral_peft.mixed_batch import adapter_per_sample
 from spectral_peft.targets import is_targeted, refuse_unmatched_patterns
 
 
@@ -125,10 +126,15 @@ class SpectralModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook for the arguments of its own methods, which it would drop in silence without this."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("`adapter_names` (several adapters in one batch) is not supported by spectral methods.")
-        yield
+        """PEFT's hook around every forward pass and generation: `adapter_names` is for the layers."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        encoder = None if encoder is self.model else encoder  # what transformers answers where there is none
+        with adapter_per_sample(self, adapter_names, kwargs.get("num_beams") or 1, encoder):
+            yield
 
     # Merging
 
