@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_peft.checkpoint import adapter_updates
 from spectral_peft.config import SpectralConfig
@@ -83,18 +83,25 @@ def _sum(
 def _add_up_(update: SpectralUpdate, terms: list[Term]) -> None:
     """The start that all terms share, and the weighted sum of what was trained from it."""
     start = dict(terms[0][1].frozen())
-    for _, other in terms[1:]:
-        theirs = dict(other.frozen())
-        if any(theirs[name].shape != value.shape or not torch.equal(theirs[name], value) for name, value in start.items()):
-            raise SpectralError(
-                "the adapters have other singular vectors, so no sum of what they trained is the sum of their changes. "
-                "Use combination_type 'cat', which is exact too."
-            )
+    if not update.is_linear:
+        raise SpectralError(
+            f"the change by {type(update).__name__} is a product of what it trains, so a sum of trained parameters is "
+            "not the sum of the changes. Use combination_type 'cat' or 'svd'."
+        )
+    if not all(_equal(start, dict(other.frozen())) for _, other in terms[1:]):
+        raise SpectralError(
+            "the adapters have different singular vectors, so a sum of what they trained is not the sum of their "
+            "changes. Use combination_type 'cat' or 'svd'."
+        )
     trained = {
         name: sum(weight * dict(other.trained_parameters())[name] for weight, other in terms)
         for name, _ in update.trained_parameters()
     }
     update.load_state_dict({**start, **trained, **dict(update.named_buffers())})
+
+
+def _equal(start: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in start.items())
 
 
 def _triplets(terms: list[Term]) -> Factors:
@@ -108,9 +115,8 @@ def _thin_change(update: SpectralUpdate) -> tuple[Tensor, Tensor]:
     thin = update.thin_change()
     if thin is None:
         raise SpectralError(
-            f"the change by {type(update).__name__} has full rank, and no sum of such changes is one of its updates. "
-            "Merge the adapters into copies of the model and average those, or export each as a LoRA "
-            "(`export_lora` with a `rank`) and combine the LoRAs."
+            f"{type(update).__name__} replaces the weight, and a weighted sum of weights has no factors of its size. "
+            "Merge the adapters into copies of the model and average those."
         )
     return thin
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from spectral_peft.budget import share_budgets_
 from spectral_peft.checkpoint import adapter_updates, complete_state_dict, is_fresh, remove_adapter, start_keys
+from spectral_peft.combination import add_weighted_adapter
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear, wrap
@@ -135,6 +136,37 @@ class SpectralModel(BaseTuner):
         encoder = None if encoder is self.model else encoder  # what transformers answers where there is none
         with adapter_per_sample(self, adapter_names, kwargs.get("num_beams") or 1, encoder):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Adds an adapter whose change of each weight is the weighted sum of the changes by others, and freezes it.
+
+        As PEFT's for LoRA, but "linear" and "cat" are both exact up to rounding. Possible for SVFit and PiSSA; the new
+        adapter is of their method, with the vectors of the sum where its start is stored, and goes on training as
+        such when it is activated.
+
+        Args:
+            adapters: Names of the adapters to add up; their ranks and targets may differ.
+            weights: One number for each, of any sign.
+            adapter_name: Name of the new one.
+            combination_type: "linear": the sum of what was trained, of the rank of one; for SVFit adapters that share
+                their singular vectors. "cat": all triplets of the sum; its rank is the sum of the ranks, where a
+                PiSSA adapter counts twice, and no more than min(out_features, in_features). "svd": the best
+                approximation of rank `svd_rank`.
+            svd_rank: None means the largest of the ranks of the changes.
+
+        Raises:
+            SpectralError: the method has no update for such a sum.
+            ValueError: an unknown adapter or combination, or one that trains more than its updates; a name that is
+                taken.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     # Merging
 
