@@ -187,9 +187,9 @@ class SpectralUpdate(nn.Module, ABC):
             SpectralError: the method has no update for it.
         """
         raise SpectralError(
-            f"a weighted sum of changes is not one by {type(self).__name__}, whose factors are those of a weight. Merge "
-            "the adapters into copies of the model and average those, or export each as a LoRA (`export_lora`) and "
-            "combine the LoRAs."
+            f"a weighted sum of changes is not one by {type(self).__name__}, whose factors are those of a weight. "
+            "Merge the adapters into copies of the model and average those, or export each as a LoRA (`export_lora`) "
+            "and combine the LoRAs."
         )
 
     def matrix(self) -> Tensor:

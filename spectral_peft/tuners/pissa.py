@@ -49,7 +49,7 @@ class PiSSA(SpectralUpdate):
 
     @torch.no_grad()
     def take_change_(self, change: Factors) -> None:
-        """c B0 dA with B0 = U and c dA = diag(S) Vh, while A0 and dB are 0."""
+        """B0 = U and dA = diag(S) Vh / c, while A0 and dB are 0."""
         self.A0.weight.zero_()
         self.B0.weight.copy_(change.U)
         self.dA.weight.copy_((change.S / self.scaling)[:, None] * change.Vh)
