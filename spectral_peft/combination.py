@@ -141,9 +141,12 @@ def _check(
     if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
         raise ValueError(f"`svd_rank` should be positive, with combination_type 'svd', got {svd_rank}.")
     for name in adapters:
-        config: SpectralConfig = tuner.peft_config[name]  # type: ignore[assignment]
-        if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
-            raise ValueError(
-                f"The adapter '{name}' trains more than its updates (modules_to_save, trainable_token_indices or "
-                "bias), which cannot be added up."
-            )
+        _refuse_other_training(name, tuner.peft_config[name])  # type: ignore[arg-type]
+
+
+def _refuse_other_training(name: str, config: SpectralConfig) -> None:
+    if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+        raise ValueError(
+            f"The adapter '{name}' trains more than its updates (modules_to_save, trainable_token_indices or bias), "
+            "which cannot be added up."
+        )

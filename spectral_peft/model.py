@@ -92,6 +92,12 @@ class SpectralModel(BaseTuner):
             raise SpectralError(f"{current_key}: {error}") from error
         self._progress.update()
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Without what PEFT's does beside: moving updates, which are where their weight is, and copying the weight of
+        a layer that is unloaded, which fails for embeddings with `trainable_token_indices`.
+        """
+        setattr(parent, child_name, new_module)
+
     def _rank(self, config: SpectralConfig, layer: SpectralLinear) -> int:
         """The rank for this layer, clamped; one that an energy stands for is kept for the config."""
         wanted, weight = config.rank_of(layer.key), layer.effective_weight()

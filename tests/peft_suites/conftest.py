@@ -9,6 +9,20 @@ import pytest
 
 from spectral_peft import SpectralConfig
 from tests.peft_suites.inapplicable import INAPPLICABLE
+from tests.peft_suites.models import save_models
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder_of_models(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of models are paths from here."""
+    monkeypatch.chdir(models)
 
 
 def is_ours(item: pytest.Item) -> bool:

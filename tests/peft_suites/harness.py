@@ -56,6 +56,11 @@ def rows(cases: Iterable[tuple[str, str, dict[str, Any]]], methods: Iterable[str
     ]
 
 
+def configs(task_type: str) -> list[tuple[type[SpectralConfig], dict[str, Any]]]:
+    """(config class, fields) for each method, as the suites of transformers' models go through them."""
+    return [(config_cls, {"task_type": task_type, **given}) for config_cls, given in METHODS.values()]
+
+
 def translate_(test: Callable[..., None]) -> None:
     """Puts configs of this package into the parametrization of a test that has LoRA's written into it."""
     (mark,) = [mark for mark in test.pytestmark if mark.name == "parametrize"]
