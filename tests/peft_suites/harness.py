@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +20,13 @@ import pytest
 from spectral_peft import PiSSAConfig, SCTConfig, SpectralConfig, SSTConfig, SVFitConfig
 
 
+@dataclass
+class KeptSCTConfig(SCTConfig):
+    """SCT that keeps the base weight also where a test names nothing but the config's class."""
+
+    keep_base_weight: bool = True
+
+
 # The smallest weights of PEFT's toy models have one or two rows, and SST clamps no rank.
 # SCT takes the place of the weight: at full rank it starts as the weight itself, which PEFT's tests expect.
 METHODS: dict[str, tuple[type[SpectralConfig], dict[str, Any]]] = {
@@ -27,9 +34,8 @@ METHODS: dict[str, tuple[type[SpectralConfig], dict[str, Any]]] = {
     "PiSSA": (PiSSAConfig, {"r": 0.5}),
     "SST": (SSTConfig, {"r": 0.5}),
     "SST on a pool": (SSTConfig, {"r": 1, "pool": 2}),
-    "SCT": (SCTConfig, {"r": 1.0, "keep_base_weight": True}),
+    "SCT": (KeptSCTConfig, {"r": 1.0}),
 }
-ADDITIVE = ("SVFit", "PiSSA", "SST on a pool")
 
 
 def peft_tests(name: str) -> ModuleType:
