@@ -1,6 +1,7 @@
 # make demo   fine-tune a small language model with SVFit and PiSSA (about 5 minutes on 2 cores)
 # make test   lint, types, import contracts, documentation and tests
 # make fuzz   100,000 damaged and hostile adapters (some minutes)
+# make peft-tests  PEFT's own tests, with the configs of this package in the place of PEFT's
 # make lock   resolve requirements.lock anew (needs uv)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ OLDEST_PEFT := 0.21.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types contracts docs unit oldest fuzz lock
+.PHONY: demo test lint types contracts docs unit oldest fuzz peft-tests lock
 
 demo: .venv/installed
 	$(BIN)/python examples/finetune_causal_lm.py
@@ -52,6 +53,17 @@ oldest: .venv/oldest-peft
 
 fuzz: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz 100000
+
+peft-tests: .venv/peft-tests
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/peft-tests $(BIN)/pytest -n 2 -q -W ignore -o python_files='suite_*.py' tests/peft_suites
+
+# The wheel has no tests; the source distribution of the locked version has them.
+.venv/peft-tests: .venv/installed
+	rm -rf $@
+	$(BIN)/pip download --quiet --no-deps --no-binary peft --dest $@ "$$(grep ^peft== requirements.lock)"
+	tar -xzf $@/peft-*.tar.gz -C $@ --strip-components 1
+	mv $@/tests $@/peft_tests
+	touch $@/peft_tests/__init__.py
 
 # torch pins its own CUDA packages; builds of torch without CUDA do not need them, so they stay out of the lock.
 lock:

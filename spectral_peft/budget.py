@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from spectral_peft.config import SpectralConfig, parse_share
 from spectral_peft.errors import SpectralError
-from spectral_peft.layer import SpectralLinear, wrap
+from spectral_peft.layer import SpectralLinear
 from spectral_peft.linalg import one_thread_if_small
 from spectral_peft.targets import targeted_modules
+from spectral_peft.wrapping import wrap
 
 
 def share_budgets_(model: nn.Module, config: SpectralConfig) -> None:

@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import one_thread_if_small, sketch
+from spectral_peft.mixed_batch import by_sample
 from spectral_peft.quantized import is_same_base, quantization_of, refuse_merging, refuse_replacing
 from spectral_peft.sharded import is_sharded
 from spectral_peft.training import drive
-from spectral_peft.unsupported import refuse_split_weight
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
-
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SpectralLinear(nn.Module, BaseTunerLayer):
@@ -212,20 +208,34 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.key}: the adapters {names} each replace the base weight; activate one of them.")
         return names[0] if names else None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             self.need_base_weight("`disable_adapter`")
             return self.base_layer(x, *args, **kwargs)
-        if self.replacing(self.active_adapters) is None:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            dtype = result.dtype
-        else:
+        if adapter_names is None:
+            replaced = self.replacing(self.active_adapters) is not None
+            return self.adapted(None if replaced else self.base_layer(x, *args, **kwargs), x, self.active_adapters)
+        replacing = {name for name in adapter_names if self.replacing([name]) is not None}
+        if not replacing.issuperset(adapter_names):
+            self.need_base_weight("a sample that goes through another adapter, or none,")
+            base = self.base_layer(x, *args, **kwargs)
+        return by_sample(
+            adapter_names,
+            len(x),
+            lambda name, rows: self.adapted(None if name in replacing else base[rows], x[rows], [name]),
+        )
+
+    def adapted(self, base: Tensor | None, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The base layer's output with the changes of these adapters; it is None if one of them replaces it."""
+        if base is None:
             bias = getattr(self.get_base_layer(), "bias", None)  # nn.Embedding has no such attribute
-            result = torch.zeros((), device=x.device) if bias is None else bias
+            result: Tensor = torch.zeros((), device=x.device) if bias is None else bias
             dtype = compute_dtype(x, self.base_parameter)
-        for adapter_name in self.active_adapters:
+        else:
+            result, dtype = base, base.dtype
+        for adapter_name in adapter_names:
             change = self.change(adapter_name, x)
             if change is not None:
                 result = result + change
@@ -359,39 +369,3 @@ class SpectralEmbedding(SpectralLinear):
         scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
         # Some embeddings (Gemma's) multiply their output by a constant; the weight's change passes through it too.
         return change if change is None or scale is None else change * scale
-
-
-def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
-    """Returns a layer without adapters around `base_layer`, whose module name is `key`.
-
-    Raises:
-        TypeError: `base_layer` is not an nn.Linear, a Conv1D or an nn.Embedding with floating point weights, nor an
-            nn.Linear whose quantized weight can be read back.
-        SpectralError: its weight is on the meta device.
-    """
-    inner = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-    backend = quantization_of(inner, key)
-    if not isinstance(inner, (nn.Linear, Conv1D, nn.Embedding)):
-        raise TypeError(
-            f"Target module {key} is a {type(inner).__name__}; supported are nn.Linear, transformers' Conv1D and "
-            "nn.Embedding. Leave it out with `exclude_modules`, or name others in `target_modules`."
-        )
-    refuse_split_weight(inner.weight, key)
-    _check_weight(inner, key, backend is not None)
-    return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
-
-
-def _check_weight(inner: nn.Module, key: str, is_quantized: bool) -> None:
-    weight = inner.weight
-    if weight.dtype not in FLOAT_DTYPES and not is_quantized:
-        raise TypeError(
-            f"The weight of target module {key} ({type(inner).__name__}) is {weight.dtype}; supported are float16, "
-            "bfloat16, float32 and float64, and weights quantized by bitsandbytes or torchao."
-        )
-    if isinstance(inner, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"Target module {key} is the output projection of an nn.MultiheadAttention, which never calls it: an "
-            "adapter there would have no effect. Leave it out with `exclude_modules`."
-        )
-    if getattr(inner, "max_norm", None) is not None:
-        raise TypeError(f"Target module {key} is an nn.Embedding that renormalizes its weight (`max_norm`).")

@@ -29,11 +29,14 @@ from spectral_peft.checkpoint import (
     unwrapped,
     wrapped_keys,
 )
+from spectral_peft.combination import add_weighted_adapter
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
-from spectral_peft.layer import SpectralLinear, wrap
+from spectral_peft.layer import SpectralLinear
+from spectral_peft.mixed_batch import adapter_per_sample
 from spectral_peft.quantized import name_of, refuse_merging
 from spectral_peft.targets import is_targeted, refuse_unmatched_patterns
+from spectral_peft.wrapping import wrap
 
 
 class SpectralModel(BaseTuner):
@@ -106,6 +109,12 @@ class SpectralModel(BaseTuner):
             peft_config.base_quantization = peft_config.base_quantization or name_of(layer.quantization_backend)
         self._progress.update()
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Without what PEFT's does beside: moving updates, which are where their weight is, and copying the weight of
+        a layer that is unloaded, which fails for embeddings with `trainable_token_indices`.
+        """
+        setattr(parent, child_name, new_module)
+
     def _rank(self, config: SpectralConfig, layer: SpectralLinear) -> int:
         """The rank for this layer, clamped; one that an energy stands for is kept for the config."""
         wanted, weight = config.rank_of(layer.key), layer.effective_weight()
@@ -141,10 +150,46 @@ class SpectralModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook for the arguments of its own methods, which it would drop in silence without this."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("`adapter_names` (several adapters in one batch) is not supported by spectral methods.")
-        yield
+        """PEFT's hook around every forward pass and generation: `adapter_names` is for the layers."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        encoder = None if encoder is self.model else encoder  # what transformers answers where there is none
+        with adapter_per_sample(self, adapter_names, kwargs.get("num_beams") or 1, encoder):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Adds an adapter whose change of each weight is the weighted sum of the changes by others, and freezes it.
+
+        As PEFT's for LoRA, but "linear" and "cat" are both exact up to rounding. Possible for SVFit and PiSSA; the new
+        adapter is of their method, with the vectors of the sum where its start is stored, and goes on training as
+        such when it is activated.
+
+        Args:
+            adapters: Names of the adapters to add up; their ranks and targets may differ.
+            weights: One number for each, of any sign.
+            adapter_name: Name of the new one.
+            combination_type: "linear": the sum of what was trained, of the rank of one; for SVFit adapters that share
+                their singular vectors. "cat": all triplets of the sum; its rank is the sum of the ranks, where a
+                PiSSA adapter counts twice, and no more than min(out_features, in_features). "svd": the best
+                approximation of rank `svd_rank`.
+            svd_rank: None means the largest of the ranks of the changes.
+
+        Raises:
+            SpectralError: the method has no update for such a sum.
+            ValueError: an unknown adapter or combination, or one that trains more than its updates; a name that is
+                taken.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     # Merging
 

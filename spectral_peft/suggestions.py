@@ -9,9 +9,9 @@ from torch import nn
 from tqdm import tqdm
 
 from spectral_peft.config import SpectralConfig
-from spectral_peft.layer import wrap
 from spectral_peft.linalg import allocate_ranks, effective_rank, energy_rank, noise_rank, singular_values
 from spectral_peft.targets import targeted_modules
+from spectral_peft.wrapping import wrap
 
 
 __all__ = ["RankSuggestion", "suggest_ranks"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import SKETCH_SIZE, Factors, same_matrix, sketch
 from spectral_peft.unsupported import refuse_flattened
 
@@ -110,7 +111,8 @@ class SpectralUpdate(nn.Module, ABC):
     Among the trained children, ``orthonormal`` names the factors whose longer side holds the entries of unit vectors,
     and ``spectrum`` the singular values: an optimizer gives each their own learning rate (`parameter_groups`).
 
-    Where ``takes_indices`` holds, x may also hold the indices of one-hot vectors, as an embedding's input does. An
+    Where ``takes_indices`` holds, x may also hold the indices of one-hot vectors, as an embedding's input does. Where
+    ``is_linear`` holds, the matrix is linear in the trained parameters: adapters of one start are added up by them. An
     update with a schedule sets ``scheduled``, names what it depends on with `keep_schedule`, and does its work in
     `after_optimizer_step`.
     """
@@ -121,6 +123,7 @@ class SpectralUpdate(nn.Module, ABC):
     replaces: ClassVar[bool] = False
     scheduled: ClassVar[bool] = False
     takes_indices: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = False
 
     fingerprint: Tensor
 
@@ -177,6 +180,18 @@ class SpectralUpdate(nn.Module, ABC):
         From them an exact LoRA is exported.
         """
         return None
+
+    def take_change_(self, change: Factors) -> None:
+        """Sets matrix() to a given change U diag(S) Vh of rank r, in place; the start holds its vectors.
+
+        Raises:
+            SpectralError: the method has no update for it.
+        """
+        raise SpectralError(
+            f"a weighted sum of changes is not one by {type(self).__name__}, whose factors are those of a weight. "
+            "Merge the adapters into copies of the model and average those, or export each as a LoRA (`export_lora`) "
+            "and combine the LoRAs."
+        )
 
     def matrix(self) -> Tensor:
         """Returns the change of W, or the weight that replaces W, shape (out_features, in_features).

@@ -293,9 +293,3 @@ def test_it_wraps_a_layer_of_another_peft_method(method: Method) -> None:
     model.add_adapter(method(target_modules=["q_proj"]), "spectral")
     model.set_adapter(["lora", "spectral"])
     assert torch.equal(logits(model), with_lora)
-
-
-def test_mixed_batches_are_refused_not_ignored(method: Method) -> None:
-    model = get_peft_model(llama(), method())
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(batch(), adapter_names=["default", "__base__"])

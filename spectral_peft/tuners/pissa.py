@@ -47,6 +47,14 @@ class PiSSA(SpectralUpdate):
         self.dA.weight.zero_()
         self.dB.weight.zero_()
 
+    @torch.no_grad()
+    def take_change_(self, change: Factors) -> None:
+        """B0 = U and dA = diag(S) Vh / c, while A0 and dB are 0."""
+        self.A0.weight.zero_()
+        self.B0.weight.copy_(change.U)
+        self.dA.weight.copy_((change.S / self.scaling)[:, None] * change.Vh)
+        self.dB.weight.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(x)
         dAx = self.dA(x)

@@ -23,6 +23,7 @@ class SVFit(SpectralUpdate):
 
     trained: ClassVar[tuple[str, ...]] = ("dS",)
     spectrum: ClassVar[tuple[str, ...]] = ("dS",)
+    is_linear: ClassVar[bool] = True
 
     def __init__(self, size: Size) -> None:
         super().__init__(size)
@@ -38,6 +39,13 @@ class SVFit(SpectralUpdate):
         self.S.weight.copy_(factors.S)
         self.Vh.weight.copy_(factors.Vh)
         self.dS.weight.zero_()
+
+    @torch.no_grad()
+    def take_change_(self, change: Factors) -> None:
+        """U and Vh are the vectors of the change and not of W, S is 0, and dS holds the values."""
+        self.start_(change)
+        self.S.weight.zero_()
+        self.dS.weight.copy_(change.S)
 
     def singular_values(self) -> Tensor:  # shape: (r,)
         """Those of the adapted weight that belong to the r leading singular vectors."""

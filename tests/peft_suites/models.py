@@ -1,0 +1,91 @@
+"""Small models with random weights, saved under the names of those that PEFT's tests would download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    RobertaConfig,
+    T5Config,
+)
+
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 64,
+}
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 1024}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+
+MODELS: dict[str, tuple[type, PretrainedConfig]] = {
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (
+        AutoModelForCausalLM,
+        OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16),
+    ),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": (AutoModelForCausalLM, GPT2Config(**GPT)),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": (AutoModelForCausalLM, GPTJConfig(**GPT, rotary_dim=4)),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": (AutoModelForCausalLM, LlamaConfig(**SIZES)),
+    "peft-internal-testing/tiny-dummy-qwen2": (AutoModelForCausalLM, Qwen2Config(**GROUPED)),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
+        AutoModelForCausalLM,
+        Gemma3TextConfig(**GROUPED, head_dim=4),
+    ),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
+        AutoModelForSeq2SeqLM,
+        T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
+    ),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
+        AutoModelForSeq2SeqLM,
+        BartConfig(
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            vocab_size=1024,
+            max_position_embeddings=64,
+        ),
+    ),
+    "peft-internal-testing/tiny-random-BertModel": (AutoModel, BertConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-RobertaModel": (AutoModel, RobertaConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-DebertaModel": (AutoModel, DebertaConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-DebertaV2Model": (AutoModel, DebertaV2Config(**SIZES)),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
+        AutoModelForSequenceClassification,
+        BertConfig(**SIZES),
+    ),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        AutoModelForSequenceClassification,
+        RobertaConfig(**SIZES),
+    ),
+}
+
+
+def save_models(folder: Path) -> None:
+    """Saves every model as `folder/NAME`."""
+    for name, (auto, config) in MODELS.items():
+        torch.manual_seed(0)
+        config.initializer_range = 0.1  # so that a change of the weights shows in the output
+        auto.from_config(config).save_pretrained(folder / name)

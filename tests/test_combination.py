@@ -1,0 +1,137 @@
+"""The change by a combined adapter is the weighted sum of the changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig
+from tests.methods import METHODS, Method
+from tests.models import gpt2, layers, llama, logits, train_
+
+
+ADDED = [method for method in METHODS if method.name in ("svfit", "pissa")]
+OTHERS = [method for method in METHODS if method not in ADDED]
+WEIGHTS = [0.7, -1.5]
+
+
+@pytest.fixture(params=ADDED, ids=str)
+def added_method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
+def two_adapters(method: Method, base=llama, second: dict | None = None, **fields: object) -> PeftModel:
+    model = get_peft_model(base(), method(init_weights=False, **fields), "one").eval()
+    model.add_adapter("two", method(init_weights=False, **{**fields, **(second or {})}))
+    return model
+
+
+def change(layer, name: str) -> Tensor:
+    return layer.get_delta_weight(name).double() if layer.update_of(name) is not None else 0.0
+
+
+def check_sum(model: PeftModel, name: str = "sum") -> None:
+    for layer in layers(model):
+        expected = WEIGHTS[0] * change(layer, "one") + WEIGHTS[1] * change(layer, "two")
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(change(layer, name), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [llama, gpt2])
+def test_cat_is_exact(added_method: Method, base) -> None:
+    model = two_adapters(added_method, base, second={"r": 3}, target_modules=["q_proj", "down_proj", "c_attn"])
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    check_sum(model)
+
+
+def test_embeddings_add_up(added_method: Method) -> None:
+    model = two_adapters(
+        added_method, target_modules=["embed_tokens", "v_proj"], second={"target_modules": ["v_proj"]}
+    )
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    check_sum(model)
+
+
+def test_scaling_is_kept() -> None:
+    model = get_peft_model(llama(), PiSSAConfig(r=4, alpha=8, init_weights=False, target_modules=["q_proj"]), "one")
+    model.add_adapter("two", PiSSAConfig(r=8, alpha=2, init_weights=False, target_modules=["q_proj"]))
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    check_sum(model)
+
+
+def test_linear_keeps_rank_and_vectors_of_svfit() -> None:
+    model = get_peft_model(llama(), SVFitConfig(r=8, init_weights=False, target_modules="all-linear"), "one")
+    model.add_adapter("two", SVFitConfig(r=8, init_weights=False, target_modules="all-linear"))
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
+    check_sum(model)
+    for layer in layers(model):
+        assert torch.equal(layer.update_of("sum").U.weight, layer.update_of("one").U.weight)
+
+
+def test_svd_is_the_best_approximation(added_method: Method) -> None:
+    model = two_adapters(added_method)
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "small", combination_type="svd", svd_rank=2)
+    for layer in layers(model):
+        U, S, Vh = torch.linalg.svd(change(layer, "sum"), full_matrices=False)
+        torch.testing.assert_close(change(layer, "small"), (U[:, :2] * S[:2]) @ Vh[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_one_adapter_is_scaled(added_method: Method) -> None:
+    model = two_adapters(added_method)
+    model.add_weighted_adapter(["one"], [-2.0], "scaled")
+    for layer in layers(model):
+        torch.testing.assert_close(change(layer, "scaled"), -2 * change(layer, "one"), rtol=1e-4, atol=1e-5)
+
+
+def test_the_sum_is_an_adapter_like_others(added_method: Method, tmp_path) -> None:
+    model = two_adapters(added_method, save_start=False)
+    active = model.active_adapter
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="svd", svd_rank=5)
+    assert model.active_adapter == active
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".sum." in name)
+    model.set_adapter("sum")
+    expected = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(llama(), tmp_path / "sum", is_trainable=True)
+    assert torch.equal(logits(again), expected)
+    train_(again, added_method.lr)
+    assert (logits(again) - expected).abs().max() > 1e-4
+    model.set_adapter("two")
+    assert (logits(model) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", OTHERS, ids=str)
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+def test_what_has_no_sum_says_so(method: Method, kind: str) -> None:
+    model = two_adapters(method)
+    with pytest.raises(SpectralError, match=r"layers\.0\.self_attn\.q_proj"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type=kind)
+    assert sorted(model.peft_config) == ["one", "two"]
+
+
+def test_linear_needs_one_start() -> None:
+    model = get_peft_model(llama(), SVFitConfig(r=8, target_modules="all-linear"), "one")
+    model.add_adapter("two", SVFitConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(SpectralError, match="different singular vectors"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
+    pissa = two_adapters(ADDED[1])
+    with pytest.raises(SpectralError, match="product of what it trains"):
+        pissa.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
+
+
+def test_wrong_arguments_change_nothing(added_method: Method) -> None:
+    model = two_adapters(added_method, modules_to_save=["lm_head"], target_modules=["q_proj"])
+    for arguments, message in [
+        ((["one", "x"], WEIGHTS, "sum"), "Adapter x does not exist"),
+        ((["one"], WEIGHTS, "sum"), "one weight for each adapter"),
+        ((["one", "two"], WEIGHTS, "two"), "already"),
+        ((["one", "two"], WEIGHTS, "sum", "ties"), "combination_type"),
+        ((["one", "two"], WEIGHTS, "sum", "cat", 4), "svd_rank"),
+        ((["one", "two"], WEIGHTS, "sum"), "modules_to_save"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(*arguments)
+    assert sorted(model.peft_config) == ["one", "two"]
