@@ -113,13 +113,16 @@ def _check_type(entry: Field[Any], value: object) -> None:
         raise TypeError(f"`{entry.name}` should be of type {entry.type}, got {value!r:.200}.")
 
 
-def _check_rank_pattern(rank_pattern: dict[str, Rank]) -> None:
-    for pattern, r in rank_pattern.items():
-        check_rank(r)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} in `rank_pattern` is no regular expression: {error}.") from error
+def _check_patterns(config: SpectralConfig) -> None:
+    """Raises ValueError for a regular expression that is none; lists of modules hold endings of their names."""
+    for name in ("rank_pattern", "layers_pattern", "target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        patterns = [value] if isinstance(value, str) else value if name.endswith("pattern") else None
+        for pattern in patterns or ():
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in `{name}` is no regular expression: {error}.") from error
 
 
 def _look_at_tensors(folder: Path) -> None:
@@ -246,7 +249,9 @@ class SpectralConfig(PeftConfig, ABC):
 
     def _check_fields(self) -> None:
         check_rank(self.r)
-        _check_rank_pattern(self.rank_pattern)
+        for r in self.rank_pattern.values():
+            check_rank(r)
+        _check_patterns(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
         if self.bias not in ("none", "all", "spectral_only"):
