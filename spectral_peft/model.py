@@ -206,7 +206,7 @@ class SpectralModel(BaseTuner):
             if not isinstance(layer, SpectralLinear):
                 continue
             for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter_name in layer.configs and not torch.isfinite(layer.get_delta_weight(adapter_name)).all():
+                if adapter_name in layer.configs and not torch.isfinite(layer.merged_weight(adapter_name)).all():
                     raise ValueError(
                         f"{layer.key}: NaN or Inf in the update of adapter '{adapter_name}', which seems to be "
                         "broken; nothing was merged."
