@@ -289,6 +289,9 @@ def register(config_cls: Config) -> Config:
     The method's PEFT type is ``SPECTRAL_<METHOD>`` and its prefix ``spectral_<method>_``, as transformers expects.
     Registering the same config again does nothing.
 
+    Args:
+        config_cls: A subclass of `SpectralConfig` with `method` and `build`. It is returned.
+
     Raises:
         ValueError: another method is registered under this type, or another type has this prefix.
     """
