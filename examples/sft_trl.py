@@ -2,7 +2,7 @@ r"""Supervised fine-tuning with TRL: its SFTTrainer takes the config of any meth
 
     python examples/sft_trl.py                     # a tiny model on made conversations: a check of some seconds
     python examples/sft_trl.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --method pissa \
-        --max_steps 1000 --per_device_train_batch_size 8 --bf16 --output_dir qwen-pissa
+        --max_steps 1000 --per_device_train_batch_size 8 --output_dir qwen-pissa
 
 All flags of TRL's SFTConfig are flags here, and `--config recipe.yaml` reads them from a file.
 """
