@@ -31,7 +31,11 @@ from tests.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 MODEL = "HuggingFaceTB/SmolLM2-135M"
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
+]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\n+$", re.DOTALL)
 
@@ -134,6 +138,17 @@ def test_docstrings_tell_arguments_and_errors():
             for argument in inspect.signature(function).parameters:
                 assert argument in told or argument in shapes or argument == "model", f"{name}: {argument}"
                 assert "Tensor" not in hints.get(argument, "") or argument in shapes, f"{name}: shape of {argument}"
+
+
+def test_the_guide_to_checkpoints_lists_their_tensors():
+    page = (ROOT / "docs" / "guides" / "checkpoints.md").read_text(encoding="utf-8")
+    for method in METHODS:
+        (row,) = re.findall(rf"^\| {method.config.method} \|(.*)$", page, re.MULTILINE | re.IGNORECASE)
+        told = [set(re.findall(r"`(\w+)`", cell)) for cell in row.split("|")[:3]]
+        weights = [{name.removesuffix(".weight") for name in names} for names in (method.trained, method.start)]
+        assert told[0] == weights[0]
+        assert told[1] >= weights[1]
+        assert told[2] == method.counters - {"fingerprint"}
 
 
 def test_the_support_matrix_names_tests_that_exist():
