@@ -57,7 +57,7 @@ class Arguments:
     """What to train, on what, with which method."""
 
     model: str | None = HfArg(default=None, help="Hub id or folder of an encoder; default: a tiny BERT")
-    dataset: str | None = HfArg(default=None, help="Hub id of a dataset with train and test; default: made sentences")
+    dataset: str | None = HfArg(default=None, help="Hub id or folder, with train and test; default: made sentences")
     text_column: str = HfArg(default="text", help="column of the text")
     label_column: str = HfArg(default="label", help="column of the class")
     method: Literal["svfit", "pissa", "sst", "sct", "lora"] = HfArg(default="svfit", help="what trains")
@@ -126,6 +126,22 @@ def made_sentences() -> datasets.DatasetDict:
     return datasets.Dataset.from_list(rows).cast_column("label", label).train_test_split(0.25, seed=0)
 
 
+def load_data(arguments: Arguments) -> datasets.DatasetDict:
+    """Training and test data, with the names of the classes."""
+    data = datasets.load_dataset(arguments.dataset) if arguments.dataset else made_sentences()
+    column = arguments.label_column
+    for split in ("train", "test"):
+        if split not in data or not {column, arguments.text_column} <= set(data[split].column_names):
+            raise ValueError(
+                f"{arguments.dataset} should have train and test with the columns {arguments.text_column} and "
+                f"{column} (--text_column, --label_column), got {data.column_names}."
+            )
+    if not isinstance(data["train"].features[column], datasets.ClassLabel):
+        names = sorted(map(str, data["train"].unique(column)))
+        data = data.cast_column(column, datasets.Value("string")).cast_column(column, datasets.ClassLabel(names=names))
+    return data
+
+
 def load_encoder(name: str | None, labels: list[str]) -> Any:
     """The encoder of the Hub or of a folder with a new classifier; without a name a tiny BERT, always the same."""
     set_seed(0)  # for the classifier, and for what follows
@@ -145,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     method = METHODS[arguments.method]
     training.learning_rate = training.learning_rate or method.learning_rate
 
-    data = datasets.load_dataset(arguments.dataset) if arguments.dataset else made_sentences()
+    data = load_data(arguments)
     labels = data["train"].features[arguments.label_column].names
     tokenizer = load_tokenizer(arguments.model, data["train"][arguments.text_column])
     data = data.map(

@@ -46,7 +46,7 @@ class Arguments:
     """What to train, on what, with which method."""
 
     model: str | None = HfArg(default=None, help="Hub id or folder of a causal language model; default: a tiny one")
-    dataset: str | None = HfArg(default=None, help="Hub id of a dataset in one of TRL's formats; default: a made one")
+    dataset: str | None = HfArg(default=None, help="Hub id or folder of data in one of TRL's formats; default: made")
     method: Literal["svfit", "pissa", "sst", "sct", "lora"] = HfArg(default="svfit", help="what trains")
     r: int | None = HfArg(default=None, help="rank; default: the method's own")
 

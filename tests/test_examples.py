@@ -155,6 +155,20 @@ def test_a_classifier_is_scored_and_reloads(method, tmp_path, capsys):
     assert PeftConfig.from_pretrained(folder).peft_type.value.lower().removeprefix("spectral_") == method
 
 
+def test_a_folder_of_texts_is_classified(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        lines = [f"{word} {word},{kind}" for word, kind in (("up", "yes"), ("down", "no")) for _ in range(4)]
+        (folder / f"{split}.csv").write_text("\n".join(["sentence,answer", *lines]))
+    flags = [*SHORT, "--dataset", str(folder), "--output_dir", str(tmp_path / "out"), "--eval_strategy", "no"]
+
+    scores = load("classify_text").main([*flags, "--text_column", "sentence", "--label_column", "answer"])
+    assert 0 <= scores["eval_accuracy"] <= 1
+    with pytest.raises(ValueError, match=r"columns text and label .*got \{'train': \['sentence', 'answer'\]"):
+        load("classify_text").main(flags)
+
+
 def test_the_classifier_learns(tmp_path):
     scores = load("classify_text").main(["--output_dir", str(tmp_path), "--eval_strategy", "no"])
     assert scores["eval_accuracy"] > 0.6  # 1/3 by chance
