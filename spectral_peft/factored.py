@@ -113,6 +113,11 @@ def load_factored(
 ) -> PeftModel:
     """Loads what `save_factored` saved, to train on or to generate; no dense weight is allocated.
 
+    Args:
+        folder: What `save_factored` wrote.
+        auto_class: The class whose `from_config` builds the model.
+        device: None is the default device.
+
     Raises:
         FileNotFoundError: `folder` holds no such model, or not all of its files.
         SpectralError: a tensor is missing or does not fit.

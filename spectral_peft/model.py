@@ -206,7 +206,7 @@ class SpectralModel(BaseTuner):
             if not isinstance(layer, SpectralLinear):
                 continue
             for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter_name in layer.configs and not torch.isfinite(layer.get_delta_weight(adapter_name)).all():
+                if adapter_name in layer.configs and not torch.isfinite(layer.merged_weight(adapter_name)).all():
                     raise ValueError(
                         f"{layer.key}: NaN or Inf in the update of adapter '{adapter_name}', which seems to be "
                         "broken; nothing was merged."
@@ -288,6 +288,9 @@ def register(config_cls: Config) -> Config:
 
     The method's PEFT type is ``SPECTRAL_<METHOD>`` and its prefix ``spectral_<method>_``, as transformers expects.
     Registering the same config again does nothing.
+
+    Args:
+        config_cls: A subclass of `SpectralConfig` with `method` and `build`. It is returned.
 
     Raises:
         ValueError: another method is registered under this type, or another type has this prefix.

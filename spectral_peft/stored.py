@@ -56,6 +56,9 @@ class StoredAdapter:
 def open_adapter(source: str | Path) -> StoredAdapter:
     """Reads an adapter from a folder, or from the Hub if there is no such folder.
 
+    Args:
+        source: A folder, or the id of a repository.
+
     Raises:
         FileNotFoundError: the folder, or a file that belongs to an adapter, is not there.
         SpectralError: it is not an adapter of a spectral method, a file is damaged, or tensors do not fit the config.

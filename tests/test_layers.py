@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -293,3 +293,34 @@ def test_it_wraps_a_layer_of_another_peft_method(method: Method) -> None:
     model.add_adapter(method(target_modules=["q_proj"]), "spectral")
     model.set_adapter(["lora", "spectral"])
     assert torch.equal(logits(model), with_lora)
+
+
+def test_a_base_in_float64(method: Method) -> None:
+    model = get_peft_model(llama(torch.float64), method())
+    assert {value.dtype for update in updates(model) for value in update.parameters()} == {torch.float64}
+    before = logits(model)
+    train_(model, method.lr)
+    trained = logits(model)
+    assert not torch.allclose(trained, before)
+    torch.testing.assert_close(logits(model.merge_and_unload()), trained, rtol=1e-10, atol=1e-10)
+
+
+def tied() -> nn.Module:
+    config = llama().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_tied_head_has_an_adapter_of_its_own(method: Method) -> None:
+    """PEFT warns. What replaces the weight is untied by a merge; what adds to it would be merged into both."""
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = get_peft_model(tied(), method(r=4, target_modules=["lm_head"]))
+    embedding = model.get_input_embeddings().weight.clone()
+    train_(model, method.lr)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    expected = logits(model)
+    with warnings.catch_warnings(record=True):
+        merged = model.merge_and_unload()
+    same = torch.allclose(logits(merged), expected, rtol=FUNCTION, atol=FUNCTION)
+    assert same == method.replaces, "the support matrix says otherwise"
