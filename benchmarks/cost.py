@@ -21,7 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,18 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import spectral_peft
 from benchmarks.counts import checkpoint_bytes, nbytes, save, saved_bytes, state_bytes, trained
 from benchmarks.experiment import RESULTS, read_json, write_json
-from benchmarks.rivals import METHODS, Method, ReferenceSCT, retract_after_steps
+from benchmarks.rivals import METHODS, Method, ReferenceSCT, adapter, retract_after_steps
 from spectral_peft import SST, export_lora
 
 
-WARMUP = 2  # rounds that are not counted
+WARMUP = 1  # rounds that are not counted
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 OWN = ("SVFit", "PiSSA", "SST on a pool", "SST", "SCT")
 WITHOUT_START = ("SVFit", "PiSSA")  # those that can compute it again
@@ -48,12 +48,12 @@ EXPORTS: dict[str, Callable[[Any, Path], object]] = {  # as a LoRA, exactly
     "LoRA": save,
     **dict.fromkeys(("SVFit", "PiSSA", "SST on a pool"), export_lora),
 }
-CENTRE = {"r": 16, "width": 256, "depth": 4, "tokens": 256}
+CENTRE = {"r": 16, "width": 256, "depth": 2, "tokens": 128}
 SWEEPS: dict[str, list[int]] = {
     "r": [8, 16, 32, 64, 128],
-    "width": [128, 256, 512, 1024],
-    "depth": [2, 4, 8, 16],
     "tokens": [64, 128, 256, 512, 1024],
+    "depth": [2, 4, 8, 16],
+    "width": [128, 256, 512, 1024],
 }
 QUICK_SWEEPS = {"r": [8, 16], "width": [128, 256], "depth": [2, 4], "tokens": [128, 256]}
 QUANTITIES = ("step", "memory", "init", "checkpoint")
@@ -206,18 +206,24 @@ class Plan:
     exports: bool = False
 
 
-def time_starts(base: nn.Module, methods: Mapping[str, Method], plan: Plan) -> dict[str, list[float]]:
-    """Seconds of the start from the base model, in turn."""
+def time_starts(
+    base: nn.Module, methods: Mapping[str, Method], plan: Plan
+) -> tuple[dict[str, nn.Module], dict[str, list[float]]]:
+    """The models, and the seconds of their starts from the base model, in turn."""
     now = CLOCKS[plan.clock]
+    adapter(LoraConfig)(twin(base), plan.r)  # imports what PEFT imports late
+    models: dict[str, nn.Module] = {}
     times: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(plan.init_rounds + 1):
+    for _ in range(plan.init_rounds):
         for name, method in methods.items():
             if sum(times[name]) < plan.limit:
-                taken = seconds(now, method, twin(base), plan.r)
-                if number or taken > plan.limit:  # the first round imports what PEFT imports late
-                    times[name].append(taken)
-                print(f"start of {name}: {taken:.2f} s", flush=True)
-    return times
+                models[name] = twin(base)
+                gc.collect()
+                start = now()
+                models[name] = method(models[name], plan.r)
+                times[name].append(now() - start)
+                print(f"start of {name}: {times[name][-1]:.2f} s", flush=True)
+    return models, times
 
 
 def time_steps(trainings: Mapping[str, Training], batches: Tensor) -> dict[str, dict[str, list[float]]]:
@@ -232,8 +238,8 @@ def time_steps(trainings: Mapping[str, Training], batches: Tensor) -> dict[str, 
 
 def compare(base: nn.Module, methods: Mapping[str, Method], plan: Plan) -> dict[str, dict[str, Any]]:
     """Raw figures by method: lists of seconds, and counted bytes."""
-    init = time_starts(base, methods, plan)
-    trainings = {name: Training(method(twin(base), plan.r).train(), plan.clock) for name, method in methods.items()}
+    models, init = time_starts(base, methods, plan)
+    trainings = {name: Training(model.train(), plan.clock) for name, model in models.items()}
     shape = (plan.rounds + WARMUP, *plan.shape)
     batches = torch.randint(base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     result = {name: {"init": init[name], **own} for name, own in time_steps(trainings, batches).items()}
@@ -360,16 +366,21 @@ def slope(xs: list[float], ys: list[float]) -> dict[str, float]:
     return {"slope": fit.slope, "intercept": fit.intercept, "r2": 1 - left / spread if spread else 1.0}
 
 
-def slopes(points: list[dict[str, Any]], sweeps: Mapping[str, list[int]]) -> dict[str, Any]:
+def line_of(points: Sequence[Mapping[str, Any]], centre: Mapping[str, int], axis: str) -> list[Mapping[str, Any]]:
+    """The points that differ from the centre along one axis alone, in its order."""
+    line = [point for point in points if all(point[other] == centre[other] for other in centre if other != axis)]
+    return sorted(line, key=lambda point: point[axis])
+
+
+def slopes(points: Sequence[Mapping[str, Any]], centre: Mapping[str, int], axes: Iterable[str]) -> dict[str, Any]:
     """By quantity, axis and method."""
-    result: dict[str, Any] = {quantity: {axis: {} for axis in sweeps} for quantity in QUANTITIES}
-    for axis in sweeps:
-        line = [p for p in points if all(p[other] == CENTRE[other] for other in CENTRE if other != axis)]
-        line.sort(key=lambda point: point[axis])
+    result: dict[str, Any] = {quantity: {} for quantity in QUANTITIES}
+    for axis in axes:
+        line = line_of(points, centre, axis)
+        xs = [point[axis] for point in line]
         for quantity in QUANTITIES:
-            for name in line[0]["methods"]:
-                ys = [point["methods"][name][quantity] for point in line]
-                result[quantity][axis][name] = slope([point[axis] for point in line], ys)
+            ys = {name: [point["methods"][name][quantity] for point in line] for name in line[0]["methods"]}
+            result[quantity][axis] = {name: slope(xs, own) for name, own in ys.items()}
     return result
 
 
@@ -377,7 +388,7 @@ def measure_point(point: Mapping[str, int], rounds: int, clock: str) -> dict[str
     """Medians of one small Llama by method."""
     shape = (max(1, point["tokens"] // 64), 64)
     methods = {name: method for name, method in METHODS.items() if name != "full rank"}
-    plan = Plan(point["r"], shape, rounds, 3, clock, limit=2.0)
+    plan = Plan(point["r"], shape, rounds, 2, clock, limit=0.5)
     raw = compare(llama(point["width"], point["depth"]), methods, plan)
     return {
         name: {
@@ -407,7 +418,7 @@ def run_scaling(args: argparse.Namespace) -> None:
             known.append(point)
             content = {"clock": args.clock, "threads": torch.get_num_threads(), "versions": versions()}
             write_json(file, {**content, "centre": CENTRE, "points": points})
-    fitted = slopes(points, sweeps)
+    fitted = slopes(points, CENTRE, sweeps)
     write_json(file, {**read_json(file), "slopes": fitted})
     for quantity, axes in fitted.items():
         rows = ([name, *(f"{axes[axis][name]['slope']:.2f}" for axis in axes)] for name in axes["r"])
@@ -454,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="cpu: CPU time of the process")
     parser.add_argument("--out", type=Path, default=RESULTS / "cost", help="folder of the results")
     parser.add_argument("--methods", nargs="*", metavar="METHOD", help="of the table; LoRA is always there")
-    sizes = {"r": 16, "batch-size": 4, "length": 128, "rounds": 8, "init-rounds": 3}
+    sizes = {"r": 16, "batch-size": 4, "length": 128, "rounds": 8, "init-rounds": 2}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
