@@ -14,7 +14,9 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,25 @@ def label_ends(axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def spread(places: Sequence[float], apart: float) -> list[float]:
-    """Ascending numbers, moved as little as a few rounds of pushing neighbours takes to be `apart` from each other."""
+    """Ascending places, moved so that they are `apart` from each other, and between 0 and 1 if they fit."""
     moved = list(places)
     for _ in range(200):
         for i in range(len(moved) - 1):
-            missing = apart - (moved[i + 1] - moved[i])
-            if missing > 1e-6:
-                moved[i] -= missing / 2
-                moved[i + 1] += missing / 2
-        shift = max(0.0, -(moved[0] if moved else 0.0))
-        moved = [place + shift for place in moved] if shift else moved
+            missing = max(0.0, apart - (moved[i + 1] - moved[i]))
+            moved[i] -= missing / 2
+            moved[i + 1] += missing / 2
+        above = max(moved, default=0) - 1
+        moved = [place - max(0.0, above) for place in moved]
+        below = min(moved, default=0)
+        moved = [place - min(0.0, below) for place in moved]
     return moved
+
+
+def round_numbers(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def label_points(axes: Axes, labels: Sequence[Label]) -> None:

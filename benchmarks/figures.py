@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cost import OWN, QUANTITIES, line_of, ratios, slopes
-from benchmarks.drawing import MARKERS, Label, Style, label_ends, label_points, panels, write
+from benchmarks.drawing import MARKERS, Label, Style, label_ends, label_points, panels, round_numbers, write
 from benchmarks.experiment import RESULTS, read_json
 
 
@@ -183,8 +183,7 @@ def pretraining(results: Path, style: Style) -> Figure:
     figure, grid = panels(len(chosen), width=10)
     for axes, (title, arms) in zip(grid, chosen.items(), strict=True):
         axes.set(title=title, xlabel="steps", ylabel="held-out perplexity", yscale="log")
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
+        round_numbers(axes.yaxis)
         draw_curves(axes, arms, "perplexity", style)
     return figure
 
@@ -253,6 +252,7 @@ def pruning(results: Path, style: Style) -> Figure:
         ends.append(Label(shares[-1], mean[-1], f"{label_of(name)} {mean[-1]:.3g}", colour))
     axes.set(xlabel="kept share of the sum of singular values, %", ylabel="held-out perplexity", yscale="log")
     axes.invert_xaxis()
+    round_numbers(axes.yaxis)
     label_ends(axes, ends)
     return figure
 
@@ -265,10 +265,11 @@ def spectra(results: Path, style: Style) -> Figure:
         lists = [values for file in files for values in file["singular_values"].values()]
         count = max(len(values) for values in lists)
         mean = [statistics.fmean(column) for column in zip(*(v for v in lists if len(v) == count), strict=True)]
-        colour = style.faint if name == "start" else colour_of(name, style)
+        colour = colour_of(name, style)
         axes.plot(range(1, count + 1), mean, color=colour)
-        ends.append(Label(count, mean[-1], "start" if name == "start" else label_of(name), colour))
+        ends.append(Label(count, mean[-1], label_of(name), colour))
     axes.set(xlabel="number of the singular value", ylabel="singular value, mean", yscale="log")
+    round_numbers(axes.yaxis)
     label_ends(axes, ends)
     return figure
 
@@ -318,6 +319,7 @@ def growth(results: Path, quantity: str, style: Style) -> Figure:
             ends.append(Label(xs[-1], ys[-1], f"{name} {fitted[axis][name]['slope']:.2f}", colour))
         axes.set_xticks(xs, [str(x) for x in xs])
         axes.minorticks_off()
+        round_numbers(axes.yaxis)
         label_ends(axes, ends)
     return figure
 
@@ -356,10 +358,8 @@ def cost_ratios(results: Path, style: Style) -> Figure:
         axes.set(xscale="log", title=f"{title}, ratio to LoRA")
         axes.set_yticks(range(len(names)), names)
         axes.grid(axis="y", visible=False)
-        ticks = [x for x in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if axes.get_xlim()[0] <= x <= axes.get_xlim()[1]]
-        axes.margins(x=0.12)
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.minorticks_off()
+        axes.margins(x=0.15)
+        round_numbers(axes.xaxis)
     return figure
 
 

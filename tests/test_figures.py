@@ -133,4 +133,4 @@ def test_names() -> None:
 def test_labels_are_apart(places: list[float]) -> None:
     moved = spread(places, apart=0.1)
     assert all(upper - lower > 0.1 - 1e-3 for lower, upper in pairwise(moved))
-    assert all(place > -1e-9 for place in moved)
+    assert all(-1e-9 < place < 1 + 1e-9 for place in moved)
