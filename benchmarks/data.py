@@ -79,11 +79,12 @@ def entries(file: Path | None) -> list[Entry]:
     ]
 
 
-def in_split(rows: list[Entry], split: str) -> list[Entry]:
+def in_split(rows: list[Entry], split: str, held_out: int | None = None) -> list[Entry]:
+    """The entries of a split; of the validation and test splits the first `held_out`, or all for None."""
     chosen = [row for row in rows if row.split == split]
     if not chosen:
         raise ExperimentError(f"The data has no {split} split; give it one in the column `split`, or more entries.")
-    return chosen
+    return chosen if split == "train" else chosen[:held_out]
 
 
 def paragraphs(text: str, least: int = 200) -> list[str]:
