@@ -70,7 +70,7 @@ peft-tests: .venv/peft-tests
 
 # One process with one thread for each task: the runs are small.
 BENCH_TASKS := causal classification
-BENCH = OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.run
+BENCH = TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.run
 BENCH_DATA = $(if $(DATA),--data $(DATA)) $(if $(TEXT),--other $(TEXT))
 
 bench-quick: .venv/installed

@@ -96,6 +96,7 @@ def paragraphs(text: str, least: int = 200) -> list[str]:
 def other_texts(file: Path | None, count: int) -> list[str]:
     """`count` paragraphs that nothing trains on, evenly out of a text file, or out of Python's language reference."""
     found = paragraphs(read_text(file) if file else "\n\n".join(text for _, text in sorted(topics.items())))
+    found = [text for text in found if "::=" not in text]  # a grammar, as in that reference, is no text
     if len(found) < count:
         raise ExperimentError(f"{file} has {len(found)} paragraphs of 200 characters; {count} are needed.")
     return found[:: len(found) // count][:count]

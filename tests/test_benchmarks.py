@@ -250,7 +250,7 @@ def test_a_run_has_a_process_of_its_own(capfd):
     assert result["versions"]["peft"]
     assert result["machine"]["cpus"]
 
-    with pytest.raises(ExperimentError, match="toy/ours at 0.1 ended with exit code 1"):
+    with pytest.raises(ExperimentError, match=r"toy/ours at 0\.1 ended with exit code 1"):
         harness.in_own_process(lambda *given: 1 / 0)(experiment(), 0.1, 0)
     assert "ZeroDivisionError" in capfd.readouterr().err
 
