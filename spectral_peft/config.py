@@ -178,6 +178,8 @@ class SpectralConfig(PeftConfig, ABC):
     paper: ClassVar[str] = ""
     """What to cite, in Markdown; the model card says it."""
     clamps_rank: ClassVar[bool] = True
+    function_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields on which the function depends beside the tensors: adapters that differ in one cannot be swapped."""
 
     r: Rank = field(default=64, metadata={"help": "Triplets: an integer, a fraction, 'energy=0.9' or 'budget=0.5'."})
     target_modules: list[str] | str | None = field(
