@@ -145,6 +145,11 @@ def _check(
 
 
 def _refuse_other_training(name: str, config: SpectralConfig) -> None:
+    if config.target_parameters:
+        raise ValueError(
+            f"The adapter '{name}' changes parameters (`target_parameters`), which cannot be added up; merge the "
+            "adapters into copies of the model and average those."
+        )
     if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
         raise ValueError(
             f"The adapter '{name}' trains more than its updates (modules_to_save, trainable_token_indices or bias), "

@@ -162,7 +162,8 @@ class SpectralConfig(PeftConfig, ABC):
         bias: "none", "all", or "spectral_only" to train the biases of the adapted layers too.
         modules_to_save: Further modules that are trained in full and saved with the adapter, such as a classifier.
         trainable_token_indices: Token embeddings that are trained too, as in `peft.LoraConfig`.
-        target_parameters: Not supported; raises unless it is None.
+        target_parameters: Names, or their endings, of parameters that are stacks of matrices (experts, rows, columns),
+            such as "experts.down_proj": each matrix gets an update of its own. For methods that add to the weight.
         svd: "randomized", "exact", or "auto": randomized where r is small against min(out_features, in_features).
         save_start: Whether checkpoints hold the frozen singular vectors. True reloads exactly on every machine.
             False stores only what was trained, and recomputes the vectors from the base weight with a deterministic
@@ -208,7 +209,9 @@ class SpectralConfig(PeftConfig, ABC):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings that are trained too, as in LoraConfig."}
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave it None."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters that are stacks of matrices, one for each expert."}
+    )
     svd: str = field(default="auto", metadata={"help": "SVD algorithm: 'auto', 'exact' or 'randomized'."})
     save_start: bool = field(
         default=True, metadata={"help": "Whether checkpoints hold the frozen singular vectors, or recompute them."}
@@ -255,11 +258,6 @@ class SpectralConfig(PeftConfig, ABC):
             raise ValueError(f"`bias` should be 'none', 'all' or 'spectral_only', got {self.bias!r}.")
         if self.svd not in ALGORITHMS:
             raise ValueError(f"`svd` should be one of {', '.join(ALGORITHMS)}, got {self.svd!r}.")
-        if self.target_parameters:
-            raise ValueError(
-                f"`target_parameters` is not supported by {type(self).__name__}, got {self.target_parameters}; name "
-                "the modules that hold the parameters in `target_modules`."
-            )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from spectral_peft.checkpoint import adapter_updates
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
+from spectral_peft.experts import ExpertLinear
 from spectral_peft.layer import SpectralEmbedding, SpectralLinear
 from spectral_peft.linalg import Factors, svd_of_product, truncated_svd
 
@@ -44,12 +45,17 @@ def export_lora(
 
     Raises:
         SpectralError: the change has full rank, as that of an adapter that replaces its base weight, and there is no
-            `rank`.
+            `rank`; or it is one of `target_parameters`.
         ValueError: the model has no such spectral adapter, or `rank` is not positive.
     """
     layers = {layer.key: layer for _, layer, _ in adapter_updates(model, adapter_name)}
     if not layers:
         raise ValueError(f"The model has no spectral adapter named '{adapter_name}'.")
+    if any(isinstance(layer, ExpertLinear) for layer in layers.values()):
+        raise SpectralError(
+            f"The adapter '{adapter_name}' changes parameters that are stacks of matrices (`target_parameters`), for "
+            "which servers have no LoRA. Use `export_merged`, or `merge_and_unload`."
+        )
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` should be positive, got {rank}.")
     factors = {

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from spectral_peft.errors import SpectralError
+from spectral_peft.experts import SpectralExperts
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.quantized import quantization_of
 
@@ -120,6 +121,8 @@ def _tensors(module: nn.Module, prefix: str, adapter_name: str) -> Named:
         yield from _tensors(copied, prefix, adapter_name)
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise SpectralError(f"{prefix[:-1]}: token embeddings that were trained apart need `merge_and_unload`.")
+    elif isinstance(module, SpectralExperts):
+        yield from _merged_experts(module, prefix, adapter_name)
     elif isinstance(module, SpectralLinear):
         yield from _merged_tensors(module, prefix, adapter_name)
     else:
@@ -142,6 +145,16 @@ def _merged_tensors(layer: SpectralLinear, prefix: str, adapter_name: str) -> Na
             yield name, dense, partial(layer.merged_weight, adapter_name)
         else:
             yield name, value, make
+
+
+def _merged_experts(experts: SpectralExperts, prefix: str, adapter_name: str) -> Named:
+    adapted = {
+        f"{prefix}{name}": name
+        for name in experts.parameter_names
+        if experts.layers_of(name)[0].update_of(adapter_name) is not None
+    }
+    for name, value, make in _tensors(experts.base_layer, prefix, adapter_name):
+        yield name, value, partial(experts.merged_parameter, adapted[name], adapter_name) if name in adapted else make
 
 
 def _shards(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
