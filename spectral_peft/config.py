@@ -339,6 +339,14 @@ class SpectralConfig(PeftConfig, ABC):
         """Starts an update that `build` returned from its weight; `key` is the name of the module."""
         update.start_(self.decompose(weight, update.r, key))
 
+    def for_changes(self, triplets: int) -> SpectralConfig:
+        """The config of updates that are set to given changes, of at most so many triplets."""
+        return self
+
+    def rank_for_change(self, triplets: int, r: int) -> int:
+        """The rank of an update that is set to a change of so many triplets, in the place of one of rank `r`."""
+        return triplets
+
     @abstractmethod
     def build(self, size: Size) -> SpectralUpdate:
         """Returns an update of this size whose parameters are all zero."""

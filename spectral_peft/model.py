@@ -185,9 +185,9 @@ class SpectralModel(BaseTuner):
     ) -> None:
         """Adds an adapter whose change of each weight is the weighted sum of the changes by others, and freezes it.
 
-        As PEFT's for LoRA, but "linear" and "cat" are both exact up to rounding. Possible for SVFit and PiSSA; the new
-        adapter is of their method, with the vectors of the sum where its start is stored, and goes on training as
-        such when it is activated.
+        As PEFT's for LoRA, but "linear" and "cat" are both exact up to rounding. Possible for SVFit, PiSSA and SST on
+        a pool; the new adapter is of their method, with the vectors of the sum where its start is stored (for SST they
+        are its pool), and goes on training as such when it is activated.
 
         Args:
             adapters: Names of the adapters to add up; their ranks and targets may differ.
