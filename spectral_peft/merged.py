@@ -49,8 +49,9 @@ def export_merged(
 
     Args:
         model: A model with spectral adapters, factored ones included.
-        folder: Gets config.json and model.safetensors, or several of these with their index. It should not exist, or
-            be empty.
+        folder: Gets config.json, generation_config.json for a model that generates, and model.safetensors, or several
+            of these with their index. It should not exist, or be empty. A model knows no tokenizer: save it there too,
+            with its own `save_pretrained`, for programs such as llama.cpp's convert_hf_to_gguf.py.
         adapter_name: The adapter to merge.
         dtype: That of the saved weights; None leaves each in the dtype of its base weight, or in the one that a
             quantized weight is dequantized to.
@@ -68,7 +69,9 @@ def export_merged(
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _config(base, entries).save_pretrained(str(folder))
+        _config(base, entries, dtype).save_pretrained(str(folder))
+        if base.can_generate():
+            base.generation_config.save_pretrained(str(folder))
         _write(_shards(entries, shard_bytes), folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -79,9 +82,11 @@ def export_merged(
         raise
 
 
-def _config(base: Any, entries: list[_Entry]) -> Any:
+def _config(base: Any, entries: list[_Entry], dtype: torch.dtype | None) -> Any:
     """The config of the model, not quantized, which no longer ties weights if training has made them differ."""
     config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]  # as transformers notes it when it saves a model
+    config.dtype = dtype or base.dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if base.all_tied_weights_keys.keys() & {entry.name for entry in entries}:
