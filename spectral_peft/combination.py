@@ -34,6 +34,7 @@ def add_weighted_adapter(
 ) -> None:
     """`SpectralModel.add_weighted_adapter`, which says what is raised; the model changes after all is computed."""
     _check(tuner, adapters, weights, adapter_name, combination_type, svd_rank)
+    _refuse_merged(tuner)
     terms: dict[SpectralLinear, list[Term]] = {}
     for name, weight in zip(adapters, weights, strict=True):
         for _, layer, update in adapter_updates(tuner.model, name):
@@ -63,7 +64,6 @@ def add_weighted_adapter(
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer, update in sums.items():
         layer.update_of(adapter_name).load_state_dict(update.state_dict())  # type: ignore[union-attr]
-        layer.settled[adapter_name] = True
 
 
 @contextmanager
@@ -162,6 +162,12 @@ def _check(
         raise ValueError(f"`svd_rank` should be positive, with combination_type 'svd', got {svd_rank}.")
     for name in adapters:
         _refuse_other_training(name, tuner.peft_config[name])  # type: ignore[arg-type]
+
+
+def _refuse_merged(tuner: BaseTuner) -> None:
+    """The fingerprint of the sum is that of the base weight, which is not there while an adapter is merged."""
+    if any(isinstance(layer, SpectralLinear) and layer.merged for layer in tuner.model.modules()):
+        raise ValueError("There are merged adapters; call `unmerge_adapter` before adapters are added up.")
 
 
 def _refuse_other_training(name: str, config: SpectralConfig) -> None:

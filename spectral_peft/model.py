@@ -109,7 +109,8 @@ class SpectralModel(BaseTuner):
                 r = self._rank(peft_config, layer)
                 layer.update_layer(adapter_name, peft_config, r=r, container=peft_config.container)
             except SpectralError as error:
-                raise SpectralError(f"{layer.key}: {error}") from error
+                said = str(error).removeprefix(f"{layer.key}: ")
+                raise SpectralError(f"{layer.key}: {said}") from error
             if not peft_config.from_checkpoint:
                 peft_config.base_quantization = peft_config.base_quantization or name_of(layer.quantization_backend)
         self._progress.update()
@@ -202,7 +203,7 @@ class SpectralModel(BaseTuner):
         Raises:
             SpectralError: the method has no update for such a sum.
             ValueError: an unknown adapter or combination, or one that trains more than its updates; a name that is
-                taken.
+                taken; merged adapters.
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 

@@ -113,6 +113,37 @@ def test_what_has_no_sum_says_so(method: Method, kind: str) -> None:
     assert sorted(model.peft_config) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"layers_to_transform": [1]},
+        {"dense_modules": ["model.layers.0.self_attn.q_proj"]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_the_first_adapter_leaves_out_is_not_left_out_of_the_sum(
+    added_method: Method, fields: dict[str, object], tmp_path
+) -> None:
+    targets = {"target_modules": ["q_proj"], "init_weights": False}
+    model = get_peft_model(llama(), added_method(**targets, **fields), "one").eval()
+    model.add_adapter("two", added_method(**targets))
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    check_sum(model)
+    assert sum(layer.update_of("sum") is not None for layer in layers(model)) == 2
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "sum")), logits(model))
+
+
+def test_merged_adapters_are_not_added_up(added_method: Method) -> None:
+    model = two_adapters(added_method, target_modules=["q_proj"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum")
+    assert sorted(model.peft_config) == ["one", "two"]
+
+
 def test_the_pool_of_a_sum_holds_its_triplets() -> None:
     """Also on layers where fewer adapters than elsewhere add up, and the trained ones stay as many as they were."""
     model = two_adapters(
