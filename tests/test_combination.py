@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig
@@ -134,6 +134,15 @@ def test_what_the_first_adapter_leaves_out_is_not_left_out_of_the_sum(
     model.set_adapter("sum")
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "sum")), logits(model))
+
+
+def test_an_adapter_that_nothing_has_started_yet_is_started(added_method: Method, tmp_path) -> None:
+    """That of a checkpoint's config alone starts at its first use."""
+    get_peft_model(llama(), added_method(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path), "one")
+    assert not any(layer.update_of("one").is_started() for layer in layers(model))
+    model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="cat")
+    assert all(layer.update_of("one").is_started() for layer in layers(model))
 
 
 def test_merged_adapters_are_not_added_up(added_method: Method) -> None:

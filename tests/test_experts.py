@@ -278,6 +278,8 @@ def test_a_bfloat16_base_keeps_its_dtype(thin_method: Method) -> None:
     assert {value.dtype for value in model.parameters() if value.requires_grad} == {torch.float32}
     experts = next(module for module in model.modules() if isinstance(module, SpectralExperts))
     computed = experts._changed("down_proj").detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(experts._changed("down_proj"), computed)
     model.merge_adapter()
     assert computed.dtype == torch.bfloat16
     torch.testing.assert_close(computed, experts.base_layer.down_proj.data, rtol=2**-7, atol=1e-6)
