@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -214,6 +216,38 @@ def test_trainable_tokens_train_and_reload(method: Method, tmp_path: Path) -> No
     train_(model, method.lr)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_are_merged_with_the_adapters(method: Method, tied: bool) -> None:
+    config = llama().config
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    tokens = batch().unique().tolist()[:3]
+    model = get_peft_model(copy.deepcopy(base), method(trainable_token_indices=tokens))
+    train_(model, method.lr)
+    expected, unloaded = logits(model), copy.deepcopy(model).unload()
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    for dense in (merged, unloaded):
+        assert {name: value.shape for name, value in dense.named_parameters()} == {
+            name: value.shape for name, value in base.named_parameters()
+        }
+        assert not any(isinstance(module, BaseTunerLayer) for module in dense.modules())
+    assert torch.equal(logits(unloaded), logits(base))
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    moved = (merged.model.embed_tokens.weight - base.model.embed_tokens.weight).abs().amax(1) > 1e-4
+    assert moved.nonzero().flatten().tolist() == tokens
+
+
+def test_tokens_of_an_adapted_embedding_are_refused(embedding_method: Method) -> None:
+    """By PEFT, for LoRA too; the model is given back as it was."""
+    model = llama()
+    before = str(model)
+    with pytest.raises(TypeError, match="trainable_token_indices cannot be applied"):
+        get_peft_model(model, embedding_method(target_modules=["embed_tokens"], trainable_token_indices=[1]))
+    assert str(model) == before
 
 
 # Ranks
