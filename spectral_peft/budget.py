@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectral_peft.config import SpectralConfig, parse_share
+from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.linalg import one_thread_if_small
+from spectral_peft.ranks import parse_share
 from spectral_peft.targets import targeted_modules
 from spectral_peft.wrapping import wrap
 

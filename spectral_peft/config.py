@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields
-from numbers import Integral, Real
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spectral_peft.cache import cached_factors
 from spectral_peft.calibration import Calibration
 from spectral_peft.card import complete_card
+from spectral_peft.damage import check_patterns, check_type, look_at_tensors
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import (
     ALGORITHMS,
@@ -31,6 +27,7 @@ from spectral_peft.linalg import (
     whiten,
     whitened_svd,
 )
+from spectral_peft.ranks import Rank, check_rank, parse_share
 from spectral_peft.update import Size, SpectralUpdate
 
 
@@ -40,11 +37,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 """Version of the adapter checkpoint; it rises when an older release would read a checkpoint wrongly."""
-
-Rank = int | float | str
-"""64: a number of triplets; 0.25: this fraction of min(out_features, in_features); "energy=0.9": the smallest rank
-that holds this share of the sum of squared singular values; "budget=0.5": ranks whose factors hold, in all modules
-together, at most this share of the dense parameters."""
 
 
 class SpectralPeftType(str):
@@ -61,85 +53,6 @@ class SpectralPeftType(str):
 
     def __str__(self) -> str:  # PEFT's model status prints what follows the dot, as it does for its own enumeration
         return f"SpectralPeftType.{self.value}"
-
-
-def parse_share(r: str) -> tuple[str, float]:
-    """Returns ("energy", s) for "energy=s", and the same for "budget=s".
-
-    Raises:
-        ValueError: `r` is of neither form, an energy is not in (0, 1], or a budget is not in (0, 1).
-    """
-    name, _, share = r.partition("=")
-    name = name.strip()
-    try:
-        value = float(share)
-    except ValueError:
-        value = -1.0
-    if name not in ("energy", "budget") or not 0 < value <= 1 or (name == "budget" and value == 1):
-        raise ValueError(
-            "`r` as a string should be 'energy=s' with s in (0, 1] or 'budget=s' with s in (0, 1), such as "
-            f"'energy=0.9', got {r!r}."
-        )
-    return name, value
-
-
-def check_rank(r: Rank) -> None:
-    """Raises ValueError unless `r` is a positive integer, a fraction in (0, 1], "energy=s" or "budget=s"."""
-    if isinstance(r, str):
-        parse_share(r)
-    elif isinstance(r, float):
-        if not 0 < r <= 1:
-            raise ValueError(f"`r` as a fraction of min(out_features, in_features) should be in (0, 1], got {r}.")
-    elif isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(
-            f"`r` should be a positive integer, a fraction in (0, 1], 'energy=s' or 'budget=s', got {r!r}."
-        )
-
-
-_SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (Integral,),
-    "float": (Real,),
-    "str": (str,),
-    "dict[str, Rank]": (dict,),
-}
-
-
-def _check_type(entry: Field[Any], value: object) -> None:
-    """Raises TypeError unless a field of a simple type holds one: a config may come from a file that is damaged."""
-    wanted = str(entry.type).removesuffix(" | None")
-    optional = wanted != entry.type and value is None
-    if not optional and not isinstance(value, _SIMPLE_TYPES.get(wanted, object)):
-        raise TypeError(f"`{entry.name}` should be of type {entry.type}, got {value!r:.200}.")
-
-
-def _check_patterns(config: SpectralConfig) -> None:
-    """Raises ValueError for a regular expression that is none; lists of modules hold endings of their names."""
-    for name in ("rank_pattern", "layers_pattern", "target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        patterns = [value] if isinstance(value, str) else value if name.endswith("pattern") else None
-        for pattern in patterns or ():
-            try:
-                re.compile(str(pattern))
-            except re.error as error:
-                raise ValueError(f"{pattern!r} in `{name}` is no regular expression: {error}.") from error
-
-
-def _look_at_tensors(folder: Path) -> None:
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file() and not (folder / WEIGHTS_NAME).is_file():
-        # Only a warning: a new adapter can be made from a config alone. What PEFT raises when it looks for the
-        # tensors speaks of Hub repositories.
-        warnings.warn(f"{folder} holds an adapter's config but no {file.name}: no adapter to load.", stacklevel=3)
-        return
-    try:
-        if file.is_file():
-            safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise SpectralError(
-            f"The adapter file {file} cannot be read ({error}): it is truncated or damaged. Copy or download it "
-            "again, or save the adapter again."
-        ) from error
 
 
 @dataclass
@@ -234,7 +147,7 @@ class SpectralConfig(PeftConfig, ABC):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SpectralPeftType(f"SPECTRAL_{self.method.upper()}")
         for entry in fields(self):
-            _check_type(entry, getattr(self, entry.name))
+            check_type(entry, getattr(self, entry.name))
         self._take_format_version()
         self._check_fields()
         if isinstance(self.target_modules, list):
@@ -256,7 +169,7 @@ class SpectralConfig(PeftConfig, ABC):
         check_rank(self.r)
         for r in self.rank_pattern.values():
             check_rank(r)
-        _check_patterns(self)
+        check_patterns(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
         if self.bias not in ("none", "all", "spectral_only"):
@@ -287,7 +200,7 @@ class SpectralConfig(PeftConfig, ABC):
         config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
-            _look_at_tensors(folder)
+            look_at_tensors(folder)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
