@@ -83,9 +83,15 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
 }
 
 
-def save_models(folder: Path) -> None:
-    """Saves every model as `folder/NAME`."""
+COMMIT = "0" * 40
+
+
+def save_models(cache: Path) -> None:
+    """Saves every model as if it had been downloaded into this cache of the Hub."""
     for name, (auto, config) in MODELS.items():
         torch.manual_seed(0)
         config.initializer_range = 0.1  # so that a change of the weights shows in the output
-        auto.from_config(config).save_pretrained(folder / name)
+        repository = cache / f"models--{name.replace('/', '--')}"
+        auto.from_config(config).save_pretrained(repository / "snapshots" / COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
