@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -37,6 +37,8 @@ from spectral_peft.update import Size, SpectralUpdate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Version of the adapter checkpoint; it rises when an older release would read a checkpoint wrongly."""
@@ -125,9 +127,9 @@ def _check_rank_pattern(rank_pattern: dict[str, Rank]) -> None:
 def _look_at_tensors(folder: Path) -> None:
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() and not (folder / WEIGHTS_NAME).is_file():
-        # Only a warning: a new adapter can be made from a config alone. What PEFT raises when it looks for the
-        # tensors speaks of Hub repositories.
-        warnings.warn(f"{folder} holds an adapter's config but no {file.name}: no adapter to load.", stacklevel=3)
+        # Only in the log: a config may be saved and loaded alone. What PEFT raises when it looks for the tensors
+        # speaks of Hub repositories.
+        logger.warning("%s holds an adapter's config but no %s: no adapter to load.", folder, file.name)
         return
     try:
         if file.is_file():
@@ -260,7 +262,15 @@ class SpectralConfig(PeftConfig, ABC):
             )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, got "
+                    f"{self.target_modules!r}."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified, got "
+                f"layers_pattern={self.layers_pattern!r} alone."
+            )
 
     def _check_choice(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)

@@ -14,13 +14,19 @@ from torch import nn
 
 from spectral_peft import SpectralConfig, SpectralUpdate
 from spectral_peft.layer import SpectralLinear
+from spectral_peft.model import SpectralModel
 from tests.peft_suites.harness import METHODS
-from tests.peft_suites.inapplicable import FROZEN_STARTS_EXEMPT, INAPPLICABLE
+from tests.peft_suites.inapplicable import ABOUT_LORA, FROZEN_STARTS_EXEMPT, INAPPLICABLE
 from tests.peft_suites.models import save_models
 from tests.peft_suites.translation import globals_of, in_place_of_lora, is_written_for_lora, translated
 
 
 SUITES = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in ("bitsandbytes", "multi_gpu_tests", "single_gpu_tests", "skipf"):
+        config.addinivalue_line("markers", f"{marker}: in PEFT's sources")
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -37,25 +43,39 @@ def _downloaded_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 @pytest.fixture(autouse=True)
 def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a test that is written for LoRA: the method that takes its place."""
-    if hasattr(request, "param"):
-        names = globals_of(request.function)
-        monkeypatch.setitem(names, "LoraConfig", in_place_of_lora(request.param))
-        if "LoraLayer" in names:
-            monkeypatch.setitem(names, "LoraLayer", SpectralLinear)
+    if not hasattr(request, "param"):
+        return
+    names = globals_of(request.function)
+    monkeypatch.setitem(names, "LoraConfig", in_place_of_lora(request.param))
+    if "LoraLayer" in names:
+        monkeypatch.setitem(names, "LoraLayer", SpectralLinear)
+    create_and_replace = SpectralModel._create_and_replace
+
+    def skipping(self: Any, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
+        try:
+            create_and_replace(self, config, adapter_name, target, *args, **kwargs)
+        except TypeError as error:
+            if isinstance(target, nn.Linear):
+                raise
+            pytest.skip(f"a layer that neither OSF nor PSOFT adapts: {error}")
+
+    monkeypatch.setattr(SpectralModel, "_create_and_replace", skipping)
 
 
 @pytest.fixture
 def frozen_starts_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the frozen starts out of what `named_parameters` and `parameters` of a model return."""
+    """Leaves the frozen starts out of what `named_parameters` and `parameters` of every module return."""
     everything = nn.Module.named_parameters
 
+    def frozen(update: SpectralUpdate) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, value) for name, value in everything(update) if name.split(".")[0] not in update.trained)
+
     def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        if isinstance(module, SpectralUpdate):  # the package's own bookkeeping
-            return everything(module, *args, **kwargs)
         updates = [child for child in module.modules() if isinstance(child, SpectralUpdate)]
-        starts = {id(value) for update in updates for _, value in update.frozen()}
+        starts = {id(value) for update in updates for _, value in frozen(update)}
         return ((name, value) for name, value in everything(module, *args, **kwargs) if id(value) not in starts)
 
+    monkeypatch.setattr(SpectralUpdate, "frozen", frozen)
     monkeypatch.setattr(nn.Module, "named_parameters", named_parameters)
 
 
@@ -88,6 +108,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for pattern, reason in INAPPLICABLE.get(suite, {}).items():
             for item in matching(pattern, own, config):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+        for pattern, reason in ABOUT_LORA.get(suite, {}).items():
+            for item in matching(pattern, own, config):
+                item.add_marker(pytest.mark.skip(reason=reason))
         for pattern in FROZEN_STARTS_EXEMPT.get(suite, ()):
             for item in matching(pattern, own, config):
                 item.fixturenames.append("frozen_starts_exempt")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,21 +19,33 @@ from spectral_peft import SpectralConfig
 from tests.peft_suites.harness import METHODS
 
 
-# The rank is that of the table: one that the smallest weights have. Updates have no scaling.
+# The rank is that of the table: one that the smallest weights have. Updates have no scaling. The base weight is not
+# checked: some of these tests build the base model anew, with other random weights.
 RENAMED = {"init_lora_weights": "init_weights", "lora_dropout": "dropout"}
 WITHOUT_EQUIVALENT = {"r", "lora_alpha", "alpha_pattern", "use_rslora"}
+COMMON = {field.name for config in (peft.OSFConfig, peft.PsoftConfig) for field in fields(config)}
 
 
+@cache
 def in_place_of_lora(method: str) -> type[SpectralConfig]:
-    """A config class that takes LoRA's fields; a field that means nothing here raises TypeError."""
+    """A config class that takes LoRA's fields.
+
+    A test is skipped that asks for what LoRA alone has: a field that neither OSF, PSOFT nor this package has, such as
+    `use_dora` or `target_parameters`, or an initialization by name.
+    """
     config_cls, given = METHODS[method]
+    own = {field.name for field in fields(config_cls)} - {"target_parameters"}
 
     class Config(config_cls):  # type: ignore[misc,valid-type]
         def __new__(cls, **values: Any) -> SpectralConfig:
-            kept = {name: value for name, value in values.items() if name not in WITHOUT_EQUIVALENT}
+            kept = {RENAMED.get(name, name): v for name, v in values.items() if name not in WITHOUT_EQUIVALENT}
+            if lacking := sorted(kept.keys() - own - COMMON):
+                pytest.skip(f"asks for what neither OSF, PSOFT nor a spectral method has: {', '.join(lacking)}")
+            if not isinstance(kept.get("init_weights", True), bool):
+                pytest.skip(f"an initialization of LoRA: {kept['init_weights']}")
             if kept.get("bias") == "lora_only":
                 kept["bias"] = "spectral_only"
-            return config_cls(**{**given, **{RENAMED.get(name, name): value for name, value in kept.items()}})
+            return config_cls(**{**given, "check_base": False, **kept})
 
     return Config
 
@@ -48,6 +61,8 @@ def translated(value: Any, method: str) -> Any:
             if field.init and getattr(value, field.name) != getattr(peft.LoraConfig(), field.name)
         }
         return in_place_of_lora(method)(**changed)
+    if value == "lora":  # a tag of model cards
+        return METHODS[method][0].method
     if type(value) in (list, tuple):
         return type(value)(translated(entry, method) for entry in value)
     return value
@@ -63,8 +78,9 @@ def is_written_for_lora(metafunc: pytest.Metafunc) -> bool:
         return False
     fixtures = [definition.func for found in metafunc._arg2fixturedefs.values() for definition in found]
     test, seen = getattr(metafunc.function, "__func__", metafunc.function), set()
+    modules = {test.__module__, getattr(metafunc.cls, "__module__", test.__module__)}
     return any(map(_is_lora, parameters)) or any(
-        _names_lora(function, test.__module__, metafunc.cls, seen) for function in [test, *fixtures, *parameters]
+        _names_lora(function, modules, metafunc.cls, seen) for function in [test, *fixtures, *parameters]
     )
 
 
@@ -80,8 +96,9 @@ def _is_lora(value: Any) -> bool:
     return value is peft.LoraConfig or type(value) is peft.LoraConfig
 
 
-def _names_lora(function: Any, module: str, cls: type | None, seen: set[Any]) -> bool:
-    if not isinstance(function, FunctionType) or function.__module__ != module or function in seen:
+def _names_lora(function: Any, modules: set[str], cls: type | None, seen: set[Any]) -> bool:
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType) or function.__module__ not in modules or function in seen:
         return False
     seen.add(function)
     names = {name for code in _codes(function.__code__) for name in code.co_names}
@@ -89,7 +106,7 @@ def _names_lora(function: Any, module: str, cls: type | None, seen: set[Any]) ->
         *(cell.cell_contents for cell in function.__closure__ or ()),
         *(getattr(cls, name, None) or function.__globals__.get(name) for name in names),
     ]
-    return "LoraConfig" in names or any(_names_lora(helper, module, cls, seen) for helper in helpers)
+    return "LoraConfig" in names or any(_names_lora(helper, modules, cls, seen) for helper in helpers)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
