@@ -67,3 +67,9 @@ def rows(cases: Iterable[tuple[str, str, dict[str, Any]]], methods: Iterable[str
 def configs(task_type: str) -> list[tuple[type[SpectralConfig], dict[str, Any]]]:
     """(config class, fields) for each method, as the suites of transformers' models go through them."""
     return [(config_cls, {"task_type": task_type, **given}) for config_cls, given in METHODS.values()]
+
+
+def unchecked(config_cls: type[SpectralConfig]) -> type[SpectralConfig]:
+    """The class for tests that load an adapter onto a base model with other random weights."""
+    members = {"check_base": False, "__annotations__": {"check_base": bool}, "__module__": __name__}
+    return dataclass(type(config_cls.__name__, (config_cls,), members))

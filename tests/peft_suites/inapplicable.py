@@ -25,11 +25,25 @@ MIXED = "PeftMixedModel takes a closed list of PEFT's types, without OSF and PSO
 HOTSWAP = "PEFT swaps adapters of LoRA alone"
 OWN_MESSAGES = "a `rank_pattern` that matches no module is an error here, not a warning"
 DIFFUSERS = "needs a pipeline of diffusers, which is not installed"
+WEIGHTED = "a weighted sum by LoRA's options; neither OSF nor PSOFT has weighted sums"
 NETWORK = "downloads a model, of which there is no small one to build"
 
-# Tests written for LoRA that are about what LoRA alone has; they do not run. Beside them, those are skipped that ask for
-# a field of LoRA's that OSF and PSOFT lack too, or for a layer that neither OSF nor PSOFT adapts.
+# Tests written for LoRA that are about what LoRA alone has; they do not run. Beside them, those are skipped that ask
+# for a field of LoRA's that OSF and PSOFT lack too, or for a layer that neither OSF nor PSOFT adapts.
 ABOUT_LORA: dict[str, dict[str, str]] = {
+    "suite_custom_models": {
+        "TestDynamicDispatch::*": LORA_TENSORS,
+        "TestLayerRepr::test_repr_lora_*": LORA_TENSORS,
+        "TestMultiRankAdapter::*": LORA_TENSORS,
+        "TestRequiresGrad::test_requires_grad_*": LORA_TENSORS,
+        "*::test_loading_adapter_preserves_custom_requires_grad[*": LORA_TENSORS,
+        "*::test_loading_model_with_trainble_tokens_requires_grad_set_correctly[*": LORA_TENSORS,
+        "*::test_add_weighted_adapter_with_different_scaling[*": WEIGHTED,
+        "*_modules_to_save_merging_adapters*": WEIGHTED,
+        "*::test_gpt2_dora_*": NETWORK,
+        "*::test_load_resized_embedding_ignore_mismatched_sizes[*": NETWORK,
+        "*::test_multiple_adapters_automatic_modules_to_save[*": NETWORK,
+    },
     "suite_low_level_api": {
         "TestLowLevelFunctional::*": LORA_TENSORS,
         "*::test_inject_from_state_dict_stable_diffusion[*": DIFFUSERS,
@@ -89,7 +103,7 @@ ONE_ROW = "the Conv1D has one output: the unit vector on that side has one entry
 
 INAPPLICABLE: dict[str, dict[str, str]] = {
     "suite_hub_features": {
-        "*::test_save_and_load_base_model_revision[*": "the BERT that is built has no head, which each load then draws",
+        "*::test_save_and_load_base_model_revision[*": "the BERT that is built has no head; each load draws one",
     },
     "suite_low_level_api": {
         "*::test_inject_from_state_dict_low_cpu_mem_usage[*": "the fingerprint, a buffer, is not on the meta device",
