@@ -40,6 +40,7 @@ ABOUT_LORA: dict[str, dict[str, str]] = {
         "*::test_loading_model_with_trainble_tokens_requires_grad_set_correctly[*": LORA_TENSORS,
         "*::test_add_weighted_adapter_with_different_scaling[*": WEIGHTED,
         "*_modules_to_save_merging_adapters*": WEIGHTED,
+        "*::test_add_adapter_rejects_duplicate_name_without_mutation[*-True]": MIXED,
         "*::test_gpt2_dora_*": NETWORK,
         "*::test_load_resized_embedding_ignore_mismatched_sizes[*": NETWORK,
         "*::test_multiple_adapters_automatic_modules_to_save[*": NETWORK,
