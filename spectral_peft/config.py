@@ -178,7 +178,15 @@ class SpectralConfig(PeftConfig, ABC):
             raise ValueError(f"`svd` should be one of {', '.join(ALGORITHMS)}, got {self.svd!r}.")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, got "
+                    f"{self.target_modules!r}."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified, got "
+                f"layers_pattern={self.layers_pattern!r} alone."
+            )
 
     def _check_choice(self, name: str, allowed: tuple[str | None, ...]) -> None:
         value = getattr(self, name)

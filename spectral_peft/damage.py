@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from dataclasses import Field
 from numbers import Integral, Real
 from pathlib import Path
@@ -13,6 +13,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from spectral_peft.errors import SpectralError
+
+
+logger = logging.getLogger(__name__)
 
 
 _SIMPLE_TYPES: dict[str, tuple[type, ...]] = {
@@ -45,12 +48,12 @@ def check_patterns(config: Any) -> None:
 
 
 def look_at_tensors(folder: Path) -> None:
-    """Warns if there is no file of tensors beside a config, and raises SpectralError if there is a damaged one."""
+    """Says in the log if there is no file of tensors beside a config; raises SpectralError if it is damaged."""
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() and not (folder / WEIGHTS_NAME).is_file():
-        # Only a warning: a new adapter can be made from a config alone. What PEFT raises when it looks for the
-        # tensors speaks of Hub repositories.
-        warnings.warn(f"{folder} holds an adapter's config but no {file.name}: no adapter to load.", stacklevel=3)
+        # Only in the log: a config may be saved and loaded alone. What PEFT raises when it looks for the tensors
+        # speaks of Hub repositories.
+        logger.warning("%s holds an adapter's config but no %s: no adapter to load.", folder, file.name)
         return
     try:
         if file.is_file():

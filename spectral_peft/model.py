@@ -224,8 +224,8 @@ class SpectralModel(BaseTuner):
             for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
                 if adapter_name in layer.configs and not torch.isfinite(layer.merged_weight(adapter_name)).all():
                     raise ValueError(
-                        f"{layer.key}: NaN or Inf in the update of adapter '{adapter_name}', which seems to be "
-                        "broken; nothing was merged."
+                        f"{layer.key}: NaNs detected in the merged weights. The adapter {adapter_name} seems to be "
+                        "broken: its update holds NaN or Inf. Nothing was merged."
                     )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

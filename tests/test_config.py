@@ -34,8 +34,9 @@ def test_possible_ranks_are_kept(free_rank_method: Method, r: object) -> None:
         ({"dropout": -0.1}, "`dropout`"),
         ({"bias": "lora_only"}, "`bias` should be 'none', 'all' or 'spectral_only', got 'lora_only'"),
         ({"svd": "fast"}, "`svd` should be one of auto, exact, randomized, got 'fast'"),
-        ({"layers_to_transform": [0]}, "`layers_to_transform` needs `target_modules` as a list"),
-        ({"layers_pattern": "layers"}, "`layers_pattern` needs `target_modules` as a list"),
+        ({"layers_to_transform": [0]}, "`layers_to_transform` cannot be used when `target_modules` is a str"),
+        ({"layers_pattern": "layers"}, "`layers_pattern` cannot be used when `target_modules` is a str"),
+        ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )
 def test_wrong_fields_are_refused(method: Method, fields: dict[str, object], message: str) -> None:

@@ -173,7 +173,7 @@ def test_a_refused_merge_changes_nothing(method: Method) -> None:
     last = list(layers(model))[-1]
     next(iter(last.update_of("default").trained_parameters()))[1].data.view(-1)[0] = float("nan")
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"down_proj: NaN or Inf .* nothing was merged"):
+        with pytest.raises(ValueError, match=r"down_proj: NaNs detected in .* Nothing was merged"):
             merge(safe_merge=True)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(llama()))
@@ -568,12 +568,15 @@ def test_a_truncated_file_is_refused(method: Method, tmp_path: Path) -> None:
     assert torch.equal(logits(base), logits(llama()))
 
 
-def test_after_a_missing_file_the_base_still_loads_an_adapter(method: Method, tmp_path: Path) -> None:
+def test_after_a_missing_file_the_base_still_loads_an_adapter(
+    method: Method, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = trained_model(method)
     model.save_pretrained(tmp_path / "good")
     method().save_pretrained(tmp_path / "bad")
     base = llama()
-    with pytest.warns(UserWarning, match="no adapter to load"), pytest.raises(ValueError, match="Repo id"):
+    with pytest.raises(ValueError, match="Repo id"):
         PeftModel.from_pretrained(base, str(tmp_path / "bad"))
+    assert "no adapter to load" in caplog.text
     assert_is_base(method, base)
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "good")), logits(model))

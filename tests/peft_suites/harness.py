@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import peft
 import pytest
 
 from spectral_peft import PiSSAConfig, SCTConfig, SpectralConfig, SSTConfig, SVFitConfig
@@ -46,6 +46,8 @@ def peft_tests(name: str) -> ModuleType:
         stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
         sys.modules["diffusers"] = stub
     try:
+        shared = importlib.import_module("peft_tests.testing_utils")
+        shared.hub_online_once = nullcontext  # all models are there, and there is no network
         return importlib.import_module(f"peft_tests.{name}")
     except ModuleNotFoundError as error:
         if error.name != "peft_tests":
@@ -67,24 +69,7 @@ def configs(task_type: str) -> list[tuple[type[SpectralConfig], dict[str, Any]]]
     return [(config_cls, {"task_type": task_type, **given}) for config_cls, given in METHODS.values()]
 
 
-def translate_(test: Callable[..., None]) -> None:
-    """Puts configs of this package into the parametrization of a test that has LoRA's written into it."""
-    (mark,) = [mark for mark in test.pytestmark if mark.name == "parametrize"]
-    cases = list(mark.args[1])
-    mark.args[1][:] = [
-        tuple(_translated(value, method) for value in case)
-        for case in cases
-        if any(isinstance(value, peft.LoraConfig) for value in case)
-        for method in METHODS
-    ]
-
-
-def _translated(value: Any, method: str) -> Any:
-    if isinstance(value, str):
-        return value.replace("LoRA", method)
-    if not isinstance(value, peft.LoraConfig):
-        return value
-    config_cls, given = METHODS[method]
-    known = {field.name for field in fields(config_cls)} - {"r", "peft_type", "bias", "task_type"}
-    kept = {name: getattr(value, name) for name in known & {field.name for field in fields(value)}}
-    return config_cls(**{**kept, **given, "init_weights": value.init_lora_weights})
+def unchecked(config_cls: type[SpectralConfig]) -> type[SpectralConfig]:
+    """The class for tests that load an adapter onto a base model with other random weights."""
+    members = {"check_base": False, "__annotations__": {"check_base": bool}, "__module__": __name__}
+    return dataclass(type(config_cls.__name__, (config_cls,), members))

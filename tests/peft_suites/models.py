@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -12,11 +13,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    BloomConfig,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
     DebertaConfig,
     DebertaV2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
@@ -42,6 +47,17 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         AutoModelForCausalLM,
         OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=16),
     ),
+    "peft-internal-testing/opt-125m": (
+        AutoModelForCausalLM,
+        OPTConfig(**{**SIZES, "num_hidden_layers": 12}, ffn_dim=32, word_embed_proj_dim=16),
+    ),
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": (AutoModelForCausalLM, LlamaConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": (
+        AutoModelForCausalLM,
+        BloomConfig(hidden_size=16, n_layer=5, n_head=4, vocab_size=1024),
+    ),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (AutoModelForCausalLM, GPTNeoXConfig(**SIZES)),
+    "hf-internal-testing/tiny-random-gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (AutoModelForCausalLM, GPTJConfig(**GPT, rotary_dim=4)),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": (AutoModelForCausalLM, LlamaConfig(**SIZES)),
@@ -54,6 +70,11 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         AutoModelForSeq2SeqLM,
         T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
     ),
+    "peft-internal-testing/tiny-random-t5": (
+        AutoModelForSeq2SeqLM,
+        T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
+    ),
+    "peft-internal-testing/tiny-clip-text-2": (CLIPTextModelWithProjection, CLIPTextConfig(**SIZES)),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         AutoModelForSeq2SeqLM,
         BartConfig(
@@ -83,9 +104,27 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
 }
 
 
-def save_models(folder: Path) -> None:
-    """Saves every model as `folder/NAME`."""
+REVISIONS = {"peft-internal-testing/tiny-random-BertModel": ("v2.0.0",)}
+"""Of these there are other weights too, under this name."""
+LORA, LORA_REVISION = "peft-internal-testing/tiny-opt-lora-revision", "test"
+"""An adapter of another method."""
+
+
+def save_models(cache: Path) -> None:
+    """Saves every model as if it had been downloaded into this cache of the Hub."""
     for name, (auto, config) in MODELS.items():
-        torch.manual_seed(0)
         config.initializer_range = 0.1  # so that a change of the weights shows in the output
-        auto.from_config(config).save_pretrained(folder / name)
+        build = auto.from_config if hasattr(auto, "from_config") else auto
+        for revision in ("main", *REVISIONS.get(name, ())):
+            torch.manual_seed(0 if revision == "main" else 1)
+            build(config).save_pretrained(snapshot(cache, name, revision))
+    LoraConfig().save_pretrained(snapshot(cache, LORA, LORA_REVISION))
+
+
+def snapshot(cache: Path, name: str, revision: str) -> Path:
+    """The folder of the files of a repository at a revision."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    commit = revision.encode().hex().ljust(40, "0")
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    return repository / "snapshots" / commit
