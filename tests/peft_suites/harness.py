@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from PIL import Image
 import pytest
 
 from spectral_peft import PiSSAConfig, SCTConfig, SpectralConfig, SSTConfig, SVFitConfig
@@ -48,6 +49,7 @@ def peft_tests(name: str) -> ModuleType:
     try:
         shared = importlib.import_module("peft_tests.testing_utils")
         shared.hub_online_once = nullcontext  # all models are there, and there is no network
+        shared.load_cat_image = lambda: Image.linear_gradient("L").convert("RGB")
         return importlib.import_module(f"peft_tests.{name}")
     except ModuleNotFoundError as error:
         if error.name != "peft_tests":
