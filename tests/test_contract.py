@@ -236,6 +236,17 @@ def test_a_trained_adapter_reloads_to_the_same_function(
     assert all(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(reloaded).items())
 
 
+def test_the_status_of_the_model_counts_what_trains(method: Method) -> None:
+    model = get_peft_model(llama(), method())
+    status, found = model.get_model_status(), list(updates(model))
+    trained = sum(value.numel() for update in found for _, value in update.trained_parameters())
+    started = sum(value.numel() for update in found for _, value in update.frozen())
+    assert status.trainable_params == trained > 0
+    assert status.total_params == trained + started + sum(value.numel() for value in llama().parameters())
+    assert status.num_adapter_layers == len(found)
+    assert status.peft_types == {"default": f"SPECTRAL_{method.config.method.upper()}"}
+
+
 def test_nothing_of_an_adapter_has_data_before_it_is_loaded(method: Method) -> None:
     trained = inject_adapter_in_model(method(), llama())
     train_(trained, method.lr)

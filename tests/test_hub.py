@@ -155,7 +155,10 @@ def test_the_card_where_the_type_is_a_plain_string(tmp_path: Path) -> None:
     config = SVFitConfig(r=8, target_modules="all-linear")
     config.peft_type = "SPECTRAL_SVFIT"
     get_peft_model(llama(), config).save_pretrained(tmp_path)
-    assert "import spectral_peft  # needed, or PEFT raises KeyError: 'SPECTRAL_SVFIT'\n" in (tmp_path / "README.md").read_text()
+    assert (
+        "import spectral_peft  # needed, or PEFT raises KeyError: 'SPECTRAL_SVFIT'\n"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_what_somebody_wrote_is_kept(base: Any, tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from spectral_peft.model import SpectralModel
 from tests.peft_suites.harness import METHODS
 from tests.peft_suites.inapplicable import ABOUT_LORA, FROZEN_STARTS_EXEMPT, INAPPLICABLE
 from tests.peft_suites.models import save_models
-from tests.peft_suites.translation import flat, globals_of, in_names_of, in_place_of_lora, is_written_for_lora, translated
+from tests.peft_suites.translation import (
+    flat,
+    globals_of,
+    in_names_of,
+    in_place_of_lora,
+    is_written_for_lora,
+    translated,
+)
 
 
 SUITES = Path(__file__).parent

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from PIL import Image
 import pytest
+from PIL import Image
 
 from spectral_peft import PiSSAConfig, SCTConfig, SpectralConfig, SSTConfig, SVFitConfig
 

@@ -1,7 +1,7 @@
 """The tests of PEFT that do not apply to a spectral method, and why.
 
 By suite: a pattern of test ids (as of a shell, but for brackets, which mean themselves) and the reason. A pattern that
-matches nothing is an error, and so is a test that passes although it is listed.
+matches nothing is an error, and so is a test that passes although it is among the expected failures.
 """
 
 # These tests assert that every parameter of the active adapter trains. The frozen starts are parameters without
@@ -23,7 +23,7 @@ FROZEN_STARTS_EXEMPT: dict[str, tuple[str, ...]] = {
     ),
 }
 
-COUNTS = "counts the parameters of LoRA's two matrices, all of which train"
+COUNTS = "counts the parameters of LoRA's two matrices, all of which train, in figures"
 LORA_LAYERS = "expects LoRA's layers for convolutions and embeddings, and two nn.Linear in each"
 LORA_KEYS = "takes a tensor by its name in LoRA's state dict"
 LORA_RANKS = "reads `r` and `scaling` of LoRA's layers"
@@ -31,7 +31,10 @@ LORA_MAMBA = "PEFT refuses modules of Mamba to LoRA's kin, by a list of types wi
 LORA_TENSORS = "asserts on LoRA's matrices A and B by name, their ranks as attributes, their scaling or their classes"
 MIXED = "PeftMixedModel takes a closed list of PEFT's types, without OSF and PSOFT"
 HOTSWAP = "`peft.utils.hotswap` swaps adapters of LoRA alone, and prepares LoRA's layers"
-UNMATCHED = "about `alpha_pattern` too, which LoRA has; a `rank_pattern` that matches no module is an error here, no warning"
+UNMATCHED = (
+    "about `alpha_pattern` too, which LoRA has; a `rank_pattern` that matches no module is an error here, no warning"
+)
+INVALID_BIAS = "a config refuses it with ValueError, before LoRA's model would; OSF and PSOFT have no `bias`"
 MISSING = "names a tensor of LoRA; a checkpoint that lacks one is an error here, no warning"
 DIFFUSERS = "needs a pipeline of diffusers, which is not installed"
 WEIGHTED = "a weighted sum by LoRA's options; neither OSF nor PSOFT has weighted sums"
@@ -109,11 +112,15 @@ INAPPLICABLE: dict[str, dict[str, str]] = {
     "suite_initialization": {
         **{
             f"TestLoraInitialization::test_{test}[*": LORA_TENSORS
-            for test in ("lora_linear_init_default", "lora_linear_false", "lora_embedding_default", "lora_embedding_false")
+            for test in (
+                "lora_linear_init_default",
+                "lora_linear_false",
+                "lora_embedding_default",
+                "lora_embedding_false",
+            )
         },
         "TestLoraInitialization::test_rank_alpha_pattern_override[*": LORA_RANKS,
-        "TestLoraInitialization::test_lora_with_bias_argument[*-invalid]": "OSF and PSOFT have no `bias`; here the config "
-        "refuses an invalid one with ValueError, for LoRA the model does with NotImplementedError",
+        "TestLoraInitialization::test_lora_with_bias_argument[*-invalid]": INVALID_BIAS,
         "TestLoraInitialization::test_*_mamba_modules[*": LORA_MAMBA,
         "TestLoraInitialization::test_unmatched_*": UNMATCHED,
         "TestLoraInitialization::test_partially_matched_*": UNMATCHED,

@@ -13,7 +13,7 @@ from peft_tests.test_tuners_utils import *  # noqa: E402, F403
 
 
 class LargeModel(nn.Module):
-    """That of PEFT's tests with nn.Linear in the place of convolutions and embeddings, which not every method adapts."""
+    """PEFT's, with nn.Linear in the place of its convolutions and of embeddings, which SST does not adapt."""
 
     def __init__(self) -> None:
         super().__init__()
