@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    BertForPreTraining,
     BloomConfig,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -57,6 +58,7 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         BloomConfig(hidden_size=16, n_layer=5, n_head=4, vocab_size=1024),
     ),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (AutoModelForCausalLM, GPTNeoXConfig(**SIZES)),
+    "gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "hf-internal-testing/tiny-random-gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (AutoModelForCausalLM, GPTJConfig(**GPT, rotary_dim=4)),
@@ -89,10 +91,11 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
             max_position_embeddings=64,
         ),
     ),
-    "peft-internal-testing/tiny-random-BertModel": (AutoModel, BertConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-BertModel": (BertForPreTraining, BertConfig(**SIZES)),
     "peft-internal-testing/tiny-random-RobertaModel": (AutoModel, RobertaConfig(**SIZES)),
     "peft-internal-testing/tiny-random-DebertaModel": (AutoModel, DebertaConfig(**SIZES)),
     "peft-internal-testing/tiny-random-DebertaV2Model": (AutoModel, DebertaV2Config(**SIZES)),
+    "bert-base-uncased": (AutoModelForSequenceClassification, BertConfig(**SIZES)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         AutoModelForSequenceClassification,
         BertConfig(**SIZES),
@@ -100,6 +103,10 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
         AutoModelForSequenceClassification,
         RobertaConfig(**SIZES),
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        AutoModelForSequenceClassification,
+        LlamaConfig(**GROUPED, pad_token_id=0),
     ),
 }
 
