@@ -48,6 +48,12 @@ theirs.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
 from peft_tests.test_custom_models import *  # noqa: E402, F403
 
 
+@pytest.mark.usefixtures("lora_A")
+class TestMultiRankAdapter(theirs.TestMultiRankAdapter):
+    """With `lora_A`."""
+
+
+@pytest.mark.usefixtures("lora_A")
 class TestRequiresGrad(theirs.TestRequiresGrad):
     """With what the methods train in the place of LoRA's two matrices."""
 
@@ -65,15 +71,15 @@ def in_place_of(name: str, model: nn.Module) -> list[str]:
     return [name for name, value in model.named_parameters() if id(value) in trained]
 
 
-@pytest.fixture(autouse=True)
-def _lora_A(monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: N802
+@pytest.fixture
+def lora_A(monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: N802
     """LoRA's name for a trained matrix with a row for each rank."""
 
-    def lora_A(layer: SpectralLinear) -> dict[str, nn.Module]:  # noqa: N802
+    def by_adapter(layer: SpectralLinear) -> dict[str, nn.Module]:
         updates = {name: layer.update_of(name) for name in layer.configs}
         return {
             name: next(child for child in map(update.get_submodule, update.trained) if len(child.weight) == update.r)
             for name, update in updates.items()
         }
 
-    monkeypatch.setattr(SpectralLinear, "lora_A", property(lora_A), raising=False)
+    monkeypatch.setattr(SpectralLinear, "lora_A", property(by_adapter), raising=False)
