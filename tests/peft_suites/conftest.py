@@ -15,8 +15,8 @@ from torch import nn
 from spectral_peft import SpectralConfig, SpectralUpdate
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.model import SpectralModel
-from tests.peft_suites.harness import METHODS
-from tests.peft_suites.inapplicable import ABOUT_LORA, FROZEN_STARTS_EXEMPT, INAPPLICABLE
+from tests.peft_suites.harness import METHODS, peft_tests
+from tests.peft_suites.inapplicable import FROZEN_STARTS_EXEMPT, GUARDED_FOR_LORA, INAPPLICABLE
 from tests.peft_suites.models import save_models
 from tests.peft_suites.translation import (
     flat,
@@ -71,6 +71,13 @@ def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def taken_for_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test's config pass where PEFT asks whether its class is LoRA's, and skips the test if not."""
+    for names in (globals_of(request.function), vars(peft_tests("testing_common"))):
+        monkeypatch.setitem(names, "LoraConfig", request.node.callspec.params["config_cls"])
+
+
+@pytest.fixture
 def frozen_starts_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the frozen starts out of what `named_parameters` and `parameters` of every module return."""
     everything = nn.Module.named_parameters
@@ -116,12 +123,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for pattern, reason in INAPPLICABLE.get(suite, {}).items():
             for item in matching(pattern, own, config):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-        for pattern, reason in ABOUT_LORA.get(suite, {}).items():
-            for item in matching(pattern, own, config):
-                item.add_marker(pytest.mark.skip(reason=reason))
-        for pattern in FROZEN_STARTS_EXEMPT.get(suite, ()):
-            for item in matching(pattern, own, config):
-                item.fixturenames.append("frozen_starts_exempt")
+        use("frozen_starts_exempt", FROZEN_STARTS_EXEMPT.get(suite, ()), own, config)
+        use("taken_for_lora", GUARDED_FOR_LORA.get(suite, ()), own, config)
+
+
+def use(fixture: str, patterns: tuple[str, ...], items: list[pytest.Item], config: pytest.Config) -> None:
+    """Has the tests whose id fits one of the patterns use a fixture."""
+    for pattern in patterns:
+        for item in matching(pattern, items, config):
+            item.fixturenames.append(fixture)
 
 
 def matching(pattern: str, items: list[pytest.Item], config: pytest.Config) -> list[pytest.Item]:

@@ -12,15 +12,24 @@ FROZEN_STARTS_EXEMPT: dict[str, tuple[str, ...]] = {
         "*::test_set_requires_grad[*",
         "*::test_loading_model_requires_grad_set_correctly[*",
         "*::test_loading_model_with_modules_to_save_requires_grad_set_correctly[*",
+        "*::test_loading_model_with_trainble_tokens_requires_grad_set_correctly[*",
     ),
-    "suite_decoder_models": (
-        "*::test_training_decoders_layer_indexing[*",
-        "*::test_training_decoders_gradient_checkpointing[*",
-    ),
+    **{
+        f"suite_{suite}": ("*::test_training*_layer_indexing[*", "*::test_training*_gradient_checkpointing[*")
+        for suite in ("decoder_models", "encoder_decoder_models", "feature_extraction_models")
+    },
     "suite_tuners_utils": (
         "TestModelAndLayerStatus::test_requires_grad_*[*",
         "TestModelAndLayerStatus::test_model_requires_*[*",
     ),
+}
+
+# PEFT runs these for LoRA only, by a look at the class of the config. They run for the spectral methods too.
+_BIAS, _MIXED_BATCHES = "*::test_adding_multiple_adapters_with_bias_raises[*", "*::test_*mixed_adapter_batches[*"
+GUARDED_FOR_LORA: dict[str, tuple[str, ...]] = {
+    "suite_custom_models": (_BIAS,),
+    "suite_decoder_models": (_BIAS, _MIXED_BATCHES),
+    "suite_encoder_decoder_models": (_BIAS, _MIXED_BATCHES),
 }
 
 COUNTS = "counts the parameters of LoRA's two matrices, all of which train, in figures"
@@ -31,37 +40,70 @@ LORA_MAMBA = "PEFT refuses modules of Mamba to LoRA's kin, by a list of types wi
 LORA_TENSORS = "asserts on LoRA's matrices A and B by name, their ranks as attributes, their scaling or their classes"
 MIXED = "PeftMixedModel takes a closed list of PEFT's types, without OSF and PSOFT"
 HOTSWAP = "`peft.utils.hotswap` swaps adapters of LoRA alone, and prepares LoRA's layers"
-UNMATCHED = (
-    "about `alpha_pattern` too, which LoRA has; a `rank_pattern` that matches no module is an error here, no warning"
-)
+UNMATCHED = "about LoRA's `alpha_pattern`; a `rank_pattern` that matches no module is an error here, no warning"
 INVALID_BIAS = "a config refuses it with ValueError, before LoRA's model would; OSF and PSOFT have no `bias`"
 MISSING = "names a tensor of LoRA; a checkpoint that lacks one is an error here, no warning"
 DIFFUSERS = "needs a pipeline of diffusers, which is not installed"
-WEIGHTED = "a weighted sum by LoRA's options; neither OSF nor PSOFT has weighted sums"
-NETWORK = "downloads a model, of which there is no small one to build"
+ONE_REPLACES = (
+    "two adapters that each take the place of the weight have no sum; activating both raises ValueError. "
+    "OSF computes with the first one alone, and PEFT skips its merges here; PSOFT passes"
+)
+ONE_ROW = (
+    "the Conv1D has one output: the unit vector on that side has one entry, 1 or -1, and no step turns it. "
+    "OSF leaves a Conv1D out and has nothing to train; PSOFT raises ValueError for it"
+)
+NO_SUM = "a weighted sum of two weights has no factors of their size; asking for one raises SpectralError"
+DISPATCH = "registers layers of LoRA's by a private method of LoraConfig, which OSFConfig and PsoftConfig lack as well"
+REPR = "the class and the matrices of LoRA's layers by name; OSF and PSOFT print their own"
+SUMS = "neither OSF nor PSOFT adds adapters up; "
 
-# Tests written for LoRA that are about what LoRA alone has; they do not run. Beside them, those are skipped that ask
-# for a field of LoRA's that OSF and PSOFT lack too, or for a layer that neither OSF nor PSOFT adapts.
-ABOUT_LORA: dict[str, dict[str, str]] = {
-    "suite_custom_models": {
-        "TestDynamicDispatch::*": LORA_TENSORS,
-        "TestLayerRepr::test_repr_lora_*": LORA_TENSORS,
-        "TestMultiRankAdapter::*": LORA_TENSORS,
-        "TestRequiresGrad::test_requires_grad_*": LORA_TENSORS,
-        "*::test_loading_adapter_preserves_custom_requires_grad[*": LORA_TENSORS,
-        "*::test_loading_model_with_trainble_tokens_requires_grad_set_correctly[*": LORA_TENSORS,
-        "*::test_add_weighted_adapter_with_different_scaling[*": WEIGHTED,
-        "*_modules_to_save_merging_adapters*": WEIGHTED,
-        "*::test_add_adapter_rejects_duplicate_name_without_mutation[*-True]": MIXED,
-        "*::test_gpt2_dora_*": NETWORK,
-        "*::test_load_resized_embedding_ignore_mismatched_sizes[*": NETWORK,
-        "*::test_multiple_adapters_automatic_modules_to_save[*": NETWORK,
+CUSTOM_MODELS = {
+    "TestDynamicDispatch::*": DISPATCH,
+    **{f"TestLayerRepr::test_repr_lora_{layer}[*": REPR for layer in ("linear", "conv1d")},
+    **{f"TestLayerRepr::test_repr_lora_embedding[{method}]": REPR for method in ("SVFit", "PiSSA", "SCT")},
+    "TestMultiRankAdapter::test_multirank[SST on a pool]": "asks for 4 of the 2 triplets in the table's pool, by "
+    "the name of LoRA's matrix",
+    "TestMultiRankAdapter::test_multirank_2[*": "ranks up to 64 of weights with 10 rows: clamped, by OSF as well, or "
+    "an error. PSOFT has no `rank_pattern`, and OSF no `lora_A`",
+    "*::test_add_weighted_adapter_cat_with_rank_pattern[SST*": SUMS + "SST clamps no rank, and a weight with 10 rows "
+    "has none of 16",
+    "*::test_add_weighted_adapter_cat_with_rank_pattern[SCT-*": SUMS + "updates that replace the weight have no sum",
+    **{
+        f"*::test_add_weighted_adapter_{test}[{method}]": SUMS + "'linear' is exact here, so it is for SVFit alone"
+        for test in ("negative_weight_negates_adapter", "subtraction_with_negative_weights")
+        for method in ("PiSSA", "SST", "SST on a pool", "SCT")
+    },
+    "*::test_add_weighted_adapter_with_different_scaling[*": SUMS
+    + "approximations by a `density`, which sums here, all "
+    "of them exact, do not have",
+    "*_modules_to_save_merging_adapters*": SUMS + "LoRA's sum takes over what one adapter trains beside its updates, "
+    "whatever the weight is; here that is an error with a message of its own",
+    "*::test_add_adapter_rejects_duplicate_name_without_mutation[*-True]": MIXED,
+    **{
+        f"*::test_load_resized_embedding_ignore_mismatched_sizes[{method}]": "a start of other sizes is refused: the "
+        "tensors of an update are one another's factors. OSF and PSOFT adapt no embedding"
+        for method in ("SVFit", "PiSSA", "SCT")
+    },
+    **{
+        f"*::test_only_params_are_updated[Embedding + Conv1D {row}-*": ONE_ROW
+        for row in (
+            *(f"{case} {method}" for case in ("1", "2 trainable tokens") for method in ("SST*", "SCT")),
+            "4 SCT",
+            "5 SCT",
+        )
+    },
+    **{
+        f"TestMultipleActiveAdapters::{test}[{method} Same-*": ONE_REPLACES
+        for method in ("SST", "SCT")
+        for test in (
+            "test_multiple_active_adapters_forward",
+            "test_multiple_active_adapters_merge_and_unmerge",
+            "test_merge_layers_multi",
+            "test_sequential_merge_matches_batch_merge",
+            "test_unmerge_after_sequential_merge_restores_base",
+        )
     },
 }
-
-ONE_REPLACES = "two adapters that each take the place of the weight have no sum; activating both raises ValueError"
-NO_SUM = "a weighted sum of two weights has no factors of their size; asking for one raises SpectralError"
-ONE_ROW = "the Conv1D has one output: the unit vector on that side has one entry, and a step cannot turn it"
 
 INAPPLICABLE: dict[str, dict[str, str]] = {
     "suite_low_level_api": {
@@ -157,27 +199,7 @@ INAPPLICABLE: dict[str, dict[str, str]] = {
         },
         "TestScaling::*": "sets and reads the scaling of LoRA's layers; updates have none",
     },
-    "suite_custom_models": {
-        **{
-            f"*::test_only_params_are_updated[Embedding + Conv1D {row}-*": ONE_ROW
-            for row in (
-                *(f"{case} {method}" for case in ("1", "2 trainable tokens") for method in ("SST*", "SCT")),
-                "4 SCT",
-                "5 SCT",
-            )
-        },
-        **{
-            f"TestMultipleActiveAdapters::{test}[{method} Same-*": ONE_REPLACES
-            for method in ("SST", "SCT")
-            for test in (
-                "test_multiple_active_adapters_forward",
-                "test_multiple_active_adapters_merge_and_unmerge",
-                "test_merge_layers_multi",
-                "test_sequential_merge_matches_batch_merge",
-                "test_unmerge_after_sequential_merge_restores_base",
-            )
-        },
-    },
+    "suite_custom_models": CUSTOM_MODELS,
     "suite_decoder_models": {
         **{
             f"*::test_merge_layers_multi[{kwargs}-*": ONE_REPLACES

@@ -10,11 +10,11 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    BertForPreTraining,
     BloomConfig,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -62,6 +62,7 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         BloomConfig(hidden_size=16, n_layer=5, n_head=4, vocab_size=1024),
     ),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (AutoModelForCausalLM, GPTNeoXConfig(**SIZES)),
+    "gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "hf-internal-testing/tiny-random-gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (AutoModelForCausalLM, GPTJConfig(**GPT, rotary_dim=4)),
@@ -98,10 +99,11 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
             max_position_embeddings=64,
         ),
     ),
-    "peft-internal-testing/tiny-random-BertModel": (AutoModelForPreTraining, BertConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-BertModel": (BertForPreTraining, BertConfig(**SIZES)),
     "peft-internal-testing/tiny-random-RobertaModel": (AutoModel, RobertaConfig(**SIZES)),
     "peft-internal-testing/tiny-random-DebertaModel": (AutoModel, DebertaConfig(**SIZES)),
     "peft-internal-testing/tiny-random-DebertaV2Model": (AutoModel, DebertaV2Config(**SIZES)),
+    "bert-base-uncased": (AutoModelForSequenceClassification, BertConfig(**SIZES)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         AutoModelForSequenceClassification,
         BertConfig(**SIZES),
@@ -113,6 +115,10 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
     RESNET: (
         AutoModelForImageClassification,
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3),
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        AutoModelForSequenceClassification,
+        LlamaConfig(**GROUPED, pad_token_id=0),
     ),
 }
 
