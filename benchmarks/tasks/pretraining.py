@@ -2,9 +2,9 @@
 chooses the learning rate.
 
 Every experiment sees the same batches in the same order, from the same weights, and trains embeddings, head and norms
-in full. The seven projections of each layer are what differs: trained as they are, by GaLore (`galore`), or through the
-adapter of the experiment. `restart_every` makes ReLoRA* of LoRA: it merges and starts anew with reset optimizer state,
-without a full-rank warm-up phase.
+in full. The seven projections of each layer are what differs: trained as they are, by GaLore (`galore`), or through
+the adapter of the experiment. `restart_every` makes ReLoRA* of LoRA: it merges and starts anew with reset optimizer
+state, without a full-rank warm-up phase.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectral_peft  # noqa: F401  (PEFT then knows the configs of its methods)
-from benchmarks.experiment import Experiment
+from benchmarks.experiment import Experiment, ExperimentError
 from spectral_peft.training import reset_state
 
 
@@ -72,7 +72,7 @@ def result(curve: list[dict[str, float]], trained: int, seconds: float) -> dict[
         "validation": end,
         "quality": {"perplexity": end, "loss": math.log(end)},
         "curve": curve,
-        "cost": {"trained_parameters": trained, "seconds": seconds},
+        "cost": {"trainable_parameters": trained, "train_seconds": seconds},
     }
 
 
@@ -131,6 +131,21 @@ def base_model(settings: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
 def kept_model(name: str, learning_rate: float, seed: int, cache: Path) -> Path:
     """Where a run with `keep_model` leaves its trained model, as a dense checkpoint of transformers."""
     return cache / "models" / name / f"lr{learning_rate:g}-seed{seed}"
+
+
+def kept_models(patterns: str, cache: Path) -> dict[str, Path]:
+    """The folders of `kept_model` that fit one of the comma-separated patterns, by experiment and run.
+
+    Raises:
+        ExperimentError: no model fits one of them.
+    """
+    found = {}
+    for pattern in patterns.split(","):
+        folders = sorted((cache / "models").glob(pattern.strip()))
+        if not folders:
+            raise ExperimentError(f"{cache / 'models'} holds no {pattern.strip()}: run that with `keep_model`.")
+        found.update({f"{folder.parent.name}/{folder.name}": folder for folder in folders})
+    return found
 
 
 def projections(model: nn.Module) -> list[nn.Linear]:
