@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from benchmarks import pruning, spectra
@@ -19,6 +21,7 @@ from benchmarks.tasks import pretraining
 
 
 NAMES = sorted(path.name for path in (EXPERIMENTS / "pretraining").iterdir() if path.is_dir())
+IDS = torch.arange(16).reshape(2, 8)
 TINY = {"steps": 3, "layers": 1, "vocabulary": 300, "length": 8, "batch": 2, "warmup_steps": 1}
 
 
@@ -36,6 +39,16 @@ def tiny(name: str, **training: object) -> Experiment:
     if settings["galore"]:
         pytest.importorskip("galore_torch", reason="GaLore is optional", exc_type=ImportError)
     return replace(experiment, training=settings)
+
+
+def train_(model: nn.Module, experiment: Experiment, learning_rate: float) -> torch.optim.Optimizer:
+    """Three steps on the same rows."""
+    optimizer = pretraining.build_optimizer(model, experiment.training, learning_rate)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,6 +70,15 @@ def test_adapters_train_few_of_the_numbers_of_the_projections(arguments: argpars
     assert trained("sst-r4") == dense + thin + 7 * 64
 
 
+def test_all_but_the_base_of_the_projections_trains() -> None:
+    experiment = tiny("lora-r4")
+    model = get_peft_model(pretraining.base_model(experiment.training, 0), experiment.config())
+    before = copy.deepcopy(dict(model.named_parameters()))
+    train_(model, experiment, 1e-2)
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert still == {name for name in before if "base_layer" in name}
+
+
 def test_a_run_is_its_seed(arguments: argparse.Namespace) -> None:
     first, again, other = (pretraining.run(tiny("sst-r4"), 1e-2, seed, arguments) for seed in (0, 0, 1))
     assert first["curve"] == again["curve"] != other["curve"]
@@ -68,12 +90,7 @@ def test_galore_moves_the_projections_in_r_dimensions() -> None:
     model = pretraining.base_model(experiment.training, 0)
     before = [layer.weight.detach().clone() for layer in pretraining.projections(model)]
     head = model.get_output_embeddings().weight.detach().clone()
-    optimizer = pretraining.build_optimizer(model, experiment.training, 1e-2)
-    for _ in range(3):
-        ids = torch.arange(16).reshape(2, 8)
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_(model, experiment, 1e-2)
     assert len(before) == 7
     for layer, start in zip(pretraining.projections(model), before, strict=True):
         assert torch.linalg.matrix_rank(layer.weight.detach() - start, rtol=1e-3) == 4
@@ -82,7 +99,7 @@ def test_galore_moves_the_projections_in_r_dimensions() -> None:
 
 def test_galore_asks_for_its_package(monkeypatch: pytest.MonkeyPatch, arguments: argparse.Namespace) -> None:
     (experiment,) = find("pretraining", "galore-r4-scale1")
-    monkeypatch.setitem(__import__("sys").modules, "galore_torch", None)
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
     with pytest.raises(ModuleNotFoundError, match="pip install galore-torch"):
         pretraining.run(replace(experiment, training={**experiment.training, **TINY}), 1e-2, 0, arguments)
 
@@ -90,17 +107,12 @@ def test_galore_asks_for_its_package(monkeypatch: pytest.MonkeyPatch, arguments:
 def test_a_restart_of_relora_keeps_the_function() -> None:
     experiment = tiny("relora-r4")
     model = get_peft_model(pretraining.base_model(experiment.training, 0), experiment.config())
-    optimizer = pretraining.build_optimizer(model, experiment.training, 1e-1)
-    ids = torch.arange(16).reshape(2, 8)
-    for _ in range(3):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = train_(model, experiment, 1e-1)
     start = copy.deepcopy(model.state_dict())
     with torch.no_grad():
-        before = model(input_ids=ids).logits
+        before = model(input_ids=IDS).logits
         pretraining.restart_lora(model, optimizer)
-        after = model(input_ids=ids).logits
+        after = model(input_ids=IDS).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     for name, value in model.named_parameters():
         if "lora_" in name:
