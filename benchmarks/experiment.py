@@ -32,6 +32,10 @@ class ExperimentError(ValueError):
     """An experiment or a result that cannot be used as it is."""
 
 
+class DivergenceError(ArithmeticError):
+    """A training whose loss or weights are no numbers any more; a result, and not an error of the harness."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What one folder says.

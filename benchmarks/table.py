@@ -1,0 +1,167 @@
+"""The table of a task: every experiment at its best rate, and where this project's methods lose."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment import Experiment, read_json, result_file
+
+
+FALLING = frozenset({"loss", "perplexity"})  # qualities of which less is better; of all others more is
+OWN_TYPES = "SPECTRAL_"
+REFERENCE = "lora"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one experiment at the rate that is best with its first seed."""
+
+    experiment: Experiment
+    rate: float | None
+    runs: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def is_own(self) -> bool:
+        return (self.experiment.adapter or {}).get("peft_type", "").startswith(OWN_TYPES)
+
+    def values(self, group: str, key: str) -> list[float]:
+        return [run[group][key] for run in self.runs if run[group].get(key) is not None]
+
+    def mean(self, group: str, key: str) -> float:
+        values = self.values(group, key)
+        return statistics.fmean(values) if values else math.nan
+
+    def spread(self, group: str, key: str) -> float:
+        values = self.values(group, key)
+        return statistics.stdev(values) if len(values) > 1 else math.nan
+
+    def cost(self, key: str) -> float:
+        return self.mean("cost", key)
+
+
+def row_of(experiment: Experiment, results: Path) -> Row | None:
+    """None if nothing of it has been run."""
+    grid, seeds = experiment.training["learning_rate"], experiment.training["seeds"]
+    first = {rate: result_file(experiment, rate, seeds[0], results=results) for rate in grid}
+    found = {rate: read_json(file) for rate, file in first.items() if file.exists()}
+    finished = {rate: run for rate, run in found.items() if run["validation"] is not None}
+    if not finished:
+        return Row(experiment, None, []) if found else None
+    best = min(finished, key=lambda rate: finished[rate]["validation"])
+    files = [result_file(experiment, best, seed, results=results) for seed in seeds[1:]]
+    others = [read_json(file) for file in files if file.exists()]
+    return Row(experiment, best, [finished[best], *(run for run in others if run["validation"] is not None)])
+
+
+def table(experiments: Iterable[Experiment], results: Path) -> str:
+    """Markdown: the experiments by quality, what is still to be run, and where this project's methods lose."""
+    chosen = list(experiments)
+    found = {experiment.name: row_of(experiment, results) for experiment in chosen}
+    rows = [row for row in found.values() if row and row.runs]
+    lines = []
+    if rows:
+        metrics = list(rows[0].runs[0]["quality"])
+        rows.sort(key=lambda row: row.mean("quality", metrics[0]) * (1 if metrics[0] in FALLING else -1))
+        lines += [*_table(rows, metrics), "", *_losses(rows, metrics[0])]
+    if diverged := [name for name, row in found.items() if row and not row.runs]:
+        lines += ["", f"Diverged at every rate: {', '.join(diverged)}."]
+    if missing := [f"{name} ({count})" for name, count in _missing(chosen, found).items() if count]:
+        lines += ["", f"Runs that are still to be made: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def _missing(experiments: Iterable[Experiment], found: dict[str, Row | None]) -> dict[str, int]:
+    missing = {}
+    for experiment in experiments:
+        row, grid, seeds = found[experiment.name], experiment.training["learning_rate"], experiment.training["seeds"]
+        missing[experiment.name] = len(grid) + len(seeds) - 1 if row is None else max(0, len(seeds) - len(row.runs))
+    return missing
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _table(rows: list[Row], metrics: list[str]) -> list[str]:
+    reference = next((row for row in rows if row.name == REFERENCE), None)
+    head = [
+        "method", "learning rate", "seeds", *(metric.replace("_", " ") for metric in metrics), "forgetting",
+        "peak memory, MiB", f"train time / {REFERENCE}", "init, s", "checkpoint, MiB", "trained",
+    ]  # fmt: skip
+    return markdown(head, [_cells(row, metrics, reference) for row in rows])
+
+
+def _cells(row: Row, metrics: list[str], reference: Row | None) -> list[str]:
+    relative = row.cost("train_cpu_seconds") / reference.cost("train_cpu_seconds") if reference else math.nan
+    return [
+        f"**{row.name}**" if row.is_own else row.name,
+        _grid(row),
+        str(len(row.runs)),
+        *(_with_spread(row, "quality", metric) for metric in metrics),
+        _with_spread(row, "forgetting", "loss_rise", sign="+"),
+        f"{row.cost('peak_memory_bytes') / MIB:,.0f}",
+        "" if math.isnan(relative) else f"{relative:.2f}",
+        f"{row.cost('init_cpu_seconds'):.1f}",
+        f"{row.cost('checkpoint_bytes') / MIB:,.2f}",
+        f"{row.cost('trainable_parameters'):,.0f}",
+    ]
+
+
+def _grid(row: Row) -> str:
+    """The grid with the chosen rate in bold, and a mark where a wider grid may hold a better one."""
+    grid = sorted(row.experiment.training["learning_rate"])
+    edge = " (edge)" if len(grid) > 1 and row.rate in (grid[0], grid[-1]) else ""
+    return ", ".join(f"**{rate:g}**" if rate == row.rate else f"{rate:g}" for rate in grid) + edge
+
+
+def _with_spread(row: Row, group: str, key: str, sign: str = "") -> str:
+    mean, spread = row.mean(group, key), row.spread(group, key)
+    if math.isnan(mean):
+        return ""
+    return f"{mean:{sign}.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
+
+
+def _losses(rows: list[Row], metric: str) -> list[str]:
+    """For each method of this project: which of the others are better at what."""
+    own, others = [row for row in rows if row.is_own], [row for row in rows if not row.is_own]
+    if not own or not others:
+        return []
+    measures = [
+        (metric.replace("_", " "), "quality", metric, 1 if metric in FALLING else -1),
+        ("forgetting", "forgetting", "loss_rise", 1),
+        ("peak memory", "cost", "peak_memory_bytes", 1),
+        ("train time", "cost", "train_cpu_seconds", 1),
+        ("init", "cost", "init_cpu_seconds", 1),
+        ("checkpoint", "cost", "checkpoint_bytes", 1),
+    ]
+    body = [
+        [f"**{row.name}**", *(_better(row, others, group, key, sign) for _, group, key, sign in measures)]
+        for row in own
+    ]
+    return [
+        "Where this project loses: the methods that are better than each of its own (in bold by more than two "
+        "standard errors of the difference between seeds).",
+        "",
+        *markdown(["", *(name for name, *_ in measures)], body),
+    ]
+
+
+def _better(row: Row, others: list[Row], group: str, key: str, sign: int) -> str:
+    names = []
+    for other in others:
+        gap = sign * (row.mean(group, key) - other.mean(group, key))
+        if gap > 0:
+            noise = math.hypot(*(part.spread(group, key) / math.sqrt(len(part.runs)) for part in (row, other)))
+            names.append(f"**{other.name}**" if gap > 2 * noise else other.name)  # never with one seed: noise is NaN
+    return "all" if len(names) == len(others) and len(names) > 3 else ", ".join(names) or "none"
