@@ -151,3 +151,10 @@ def test_what_is_kept_is_what_was_trained(arguments: argparse.Namespace, tmp_pat
 def test_a_model_that_was_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match=r"no full/\*: run that with `keep_model`"):
         pretraining.kept_models("full/*", tmp_path)
+
+
+def test_a_text_is_needed_and_long_enough(arguments: argparse.Namespace, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="name a file with --data"):
+        pretraining.run(tiny("full"), 1e-2, 0, argparse.Namespace(data=None, cache=tmp_path))
+    with pytest.raises(ExperimentError, match=r"has [\d,]+ tokens; at least 131,072 are needed"):
+        pretraining.run(tiny("full", length=256), 1e-2, 0, arguments)

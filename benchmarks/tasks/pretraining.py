@@ -10,10 +10,8 @@ state, without a full-rank warm-up phase.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,12 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import spectral_peft  # noqa: F401  (PEFT then knows the configs of its methods)
-from benchmarks.experiment import Experiment, ExperimentError
+from benchmarks.data import described, read_text
+from benchmarks.experiment import DivergenceError, Experiment, ExperimentError
+from benchmarks.training import Cost, device
+from spectral_peft import SpectralError
 from spectral_peft.training import reset_state
 
 
@@ -37,67 +36,94 @@ HELD_OUT = 256
 
 
 def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One training; `arguments.data` is the text file, plain or .gz, and `arguments.cache` a folder."""
-    settings = experiment.training
+    """One training on the text of --data, plain or .gz.
+
+    Raises:
+        ExperimentError: there is no --data.
+        DivergenceError: a factor of a spectral method is not finite.
+    """
+    settings, cost = experiment.training, Cost()
     train, held_out = split(arguments.data, settings["vocabulary"], settings["length"], arguments.cache)
-    model = base_model(settings, seed)
-    config = experiment.config()
-    model = (model if config is None else get_peft_model(model, config)).train()
-    optimizer = build_optimizer(model, settings, learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(settings))
-    steps, restart, length = settings["steps"], settings["restart_every"], settings["length"]
-    generator, curve, started = np.random.default_rng(seed), [], time.perf_counter()
-    for step in tqdm(range(1, steps + 1), desc=f"{experiment.name} {learning_rate:g} {seed}", mininterval=5):
-        starts = generator.integers(0, len(train) - length, settings["batch"])
-        batch = torch.from_numpy(np.stack([train[s : s + length] for s in starts]).astype(np.int64))
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        if restart and step % restart == 0 and step < steps:
-            restart_lora(model, optimizer)
-        if step % max(1, steps // 10) == 0:
-            curve.append({"step": step, "perplexity": perplexity(model, held_out)})
-    seconds = time.perf_counter() - started
+    model, config = base_model(settings, seed).to(device()), experiment.config()
+    with cost.peak_memory():
+        with cost.seconds("init"):
+            model = (model if config is None else get_peft_model(model, config)).train()
+        optimizer = build_optimizer(model, settings, learning_rate)
+        with cost.seconds("train"):
+            try:
+                curve = steps(model, optimizer, settings, train, held_out, seed)
+            except SpectralError as error:  # a spectral method looks for itself
+                raise DivergenceError(str(error)) from error
+    cost.figures["trainable_parameters"] = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     if settings["keep_model"]:
         dense = model.merge_and_unload() if isinstance(model, PeftModel) else model
         dense.save_pretrained(kept_model(experiment.name, learning_rate, seed, arguments.cache))
-    return result(curve, sum(p.numel() for group in optimizer.param_groups for p in group["params"]), seconds)
+    return result(curve, cost.figures)
 
 
-def result(curve: list[dict[str, float]], trained: int, seconds: float) -> dict[str, Any]:
+def steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    train: np.ndarray,
+    held_out: Tensor,
+    seed: int,
+) -> list[dict[str, float]]:
+    """All optimizer steps: the perplexity after every tenth of them."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(settings))
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    count, restart, length = settings["steps"], settings["restart_every"], settings["length"]
+    generator, curve = np.random.default_rng(seed), []
+    for step in range(1, count + 1):
+        starts = generator.integers(0, len(train) - length, settings["batch"])
+        rows = np.stack([train[start : start + length] for start in starts]).astype(np.int64)
+        batch = torch.from_numpy(rows).to(device())
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if restart and step % restart == 0 and step < count:
+            restart_lora(model, optimizer)
+        if step % max(1, count // 10) == 0:
+            curve.append({"step": step, "perplexity": perplexity(model, held_out)})
+    return curve
+
+
+def result(curve: list[dict[str, float]], cost: dict[str, Any]) -> dict[str, Any]:
     end = curve[-1]["perplexity"]
-    return {
-        "validation": end,
-        "quality": {"perplexity": end, "loss": math.log(end)},
-        "curve": curve,
-        "cost": {"trainable_parameters": trained, "train_seconds": seconds},
-    }
+    quality = {"perplexity": end, "loss": math.log(end)}
+    return {"validation": end, "quality": quality, "forgetting": {}, "curve": curve, "cost": cost}
 
 
 # Text
 
 
-def split(text: Path, vocabulary: int, length: int, cache: Path) -> tuple[np.ndarray, Tensor]:
-    """The numbers to train on, and the rows that are held out."""
-    data = tokens(text, vocabulary, cache)
-    end = HELD_OUT * length
+def split(text: Path | None, vocabulary: int, length: int, cache: Path) -> tuple[np.ndarray, Tensor]:
+    """The numbers to train on, and the rows that are held out.
+
+    Raises:
+        ExperimentError: there is no such file, or it is too short.
+    """
+    if text is None:
+        raise ExperimentError("Pre-training has no text of its own: name a file with --data.")
+    data, end = tokens(text, vocabulary, cache), HELD_OUT * length
+    if len(data) < 2 * end:
+        raise ExperimentError(f"{text} has {len(data):,} tokens; at least {2 * end:,} are needed.")
     return data[:-end], torch.from_numpy(data[-end:].astype(np.int64)).reshape(HELD_OUT, length)
 
 
 def tokens(text: Path, vocabulary: int, cache: Path) -> np.ndarray:
     """The text as numbers, by a byte-level BPE of its own."""
-    digest = hashlib.sha256(f"{text.name} {text.stat().st_size} {vocabulary}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{described(text)} {vocabulary}".encode()).hexdigest()[:12]
     file = cache / f"tokens-{digest}.npy"
     if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with (gzip.open if text.suffix == ".gz" else open)(text, "rt", encoding="utf-8", errors="replace") as stream:
-            content = stream.read()
+        content = read_text(text)
         bpe = ByteLevelBPETokenizer()
         lines = content.splitlines(keepends=True)
         bpe.train_from_iterator(lines[:: max(1, len(lines) // 100_000)], vocab_size=vocabulary, show_progress=False)
         blocks = ["".join(lines[i : i + 1000]) for i in range(0, len(lines), 1000)]
+        cache.mkdir(parents=True, exist_ok=True)
         np.save(file, np.concatenate([np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch(blocks)]))
     return np.load(file)
 
@@ -105,7 +131,7 @@ def tokens(text: Path, vocabulary: int, cache: Path) -> np.ndarray:
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: Tensor) -> float:
     model.eval()
-    losses = [model(input_ids=part, labels=part).loss for part in rows.split(64)]
+    losses = [model(input_ids=part, labels=part).loss for part in rows.to(device()).split(64)]
     model.train()
     return float(torch.stack(losses).mean().double().exp())
 
