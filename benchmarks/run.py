@@ -94,11 +94,24 @@ class Sweep:
         Raises:
             ExperimentError: a result that is there is one of other settings.
         """
+        self._estimate()
         waiting = list(self.experiments)
         while waiting:
             waiting = [experiment for experiment in waiting if not self._advance(experiment)]
             if waiting:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _estimate(self) -> None:
+        """Says how much there is to do, and how long it takes as far as the runs that are there tell."""
+        total = sum(
+            len(experiment.training["learning_rate"]) + len(experiment.training["seeds"]) - 1
+            for experiment in self.experiments
+        )
+        rooms = [self.results / experiment.task / experiment.name for experiment in self.experiments]
+        made = [read_json(file).get("seconds") for room in rooms for file in sorted(room.glob("*.json"))]
+        seconds = [value for value in made if value is not None]
+        mean = f", {sum(seconds) / len(seconds):.0f} s each so far" if seconds else ""
+        print(f"{max(0, total - len(made))} of {total} runs are still to be made{mean}.", flush=True)
 
     def _advance(self, experiment: Experiment) -> bool:
         """Makes the runs that nobody else is at; True if none is missing."""
@@ -148,8 +161,11 @@ def in_own_process(run: Run) -> Run:
     context = multiprocessing.get_context("fork")
 
     def child(pipe: Any, *given: Any) -> None:
+        started = time.perf_counter()
         try:
-            pipe.send(run(*given) | {"versions": versions(), "machine": machine()})
+            result = run(*given)
+            seconds = time.perf_counter() - started
+            pipe.send(result | {"seconds": seconds, "versions": versions(), "machine": machine()})
         except DivergenceError as error:
             pipe.send(error)
 

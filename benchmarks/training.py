@@ -80,16 +80,22 @@ def adapted(base: nn.Module, experiment: Experiment, seed: int) -> nn.Module:
     The random numbers of the start, and those that a schedule draws, follow the seed.
     """
     torch.manual_seed(seed)
-    config = experiment.config()
+    config = experiment.config(**adalora_shares(experiment))
     if config is None:
         for name, value in base.named_parameters():
             value.requires_grad_(re.fullmatch(experiment.training["trainable"], name) is not None)
         return base
     if "seed" in {field.name for field in fields(config)}:
         config.seed = seed
-    if hasattr(config, "total_step"):  # AdaLoRA's schedule has to know the end
-        config.total_step = experiment.training["max_steps"]
     return get_peft_model(base, config)
+
+
+def adalora_shares(experiment: Experiment) -> dict[str, int]:
+    """AdaLoRA prunes between the first tenth of the training and the last three, which its config has to be told."""
+    if experiment.adapter is None or experiment.adapter["peft_type"] != "ADALORA":
+        return {}
+    steps = experiment.training["max_steps"]
+    return {"total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
 
 
 def learning_rates(

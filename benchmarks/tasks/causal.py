@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.data import entries, in_split, other_texts, package_folder
+from benchmarks.data import SPLITS, entries, in_split, other_texts, package_folder
 from benchmarks.experiment import Experiment
 from benchmarks.metrics import Accuracy, Perplexity
 from benchmarks.training import (
@@ -118,9 +118,9 @@ def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argp
     rows = {
         split: [
             encode(tokenizer, f"{entry.term}:" if entry.term else "", f" {entry.text}", training["max_length"])
-            for entry in in_split(data, split)[: None if split == "train" else training["held_out"]]
+            for entry in in_split(data, split, training["held_out"])
         ]
-        for split in ("train", "validation", "test")
+        for split in SPLITS
     }
     other = [
         encode(tokenizer, "", text, training["other_length"])
@@ -133,12 +133,12 @@ def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argp
         with cost.seconds("init"):
             model = adapted(base, experiment, seed)
         groups = learning_rates(model, learning_rate, training)
+        cost.figures["trainable_parameters"] = trainable_parameters(model)
         with cost.seconds("train"):
             curve = train(model, groups, batches(rows["train"], size, seed), training)
     other_loss = score(model, other, size)["loss"]
     cost.figures |= {
         "examples_per_second": curve[-1]["step"] * size / cost.figures["train_seconds"],
-        "trainable_parameters": trainable_parameters(model),
         "checkpoint_bytes": checkpoint_bytes(model),
     }
     return {

@@ -128,7 +128,9 @@ def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argp
     classes = sorted({row.label for row in data})
     if len(classes) < 2:
         raise ExperimentError(f"The entries of {arguments.data} have no `label`, or all the same one.")
-    splits = {split: encode(tokenizer, in_split(data, split), classes, length) for split in SPLITS}
+    splits = {
+        split: encode(tokenizer, in_split(data, split, training["held_out"]), classes, length) for split in SPLITS
+    }
     other = other_texts(arguments.other, training["other_texts"])
 
     torch.manual_seed(seed)
@@ -139,12 +141,12 @@ def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argp
             model = adapted(base, experiment, seed)
         groups = learning_rates(model, learning_rate, training, head=training["head_learning_rate"])
         torch.manual_seed(seed)  # so that dropout is that of the other methods too
+        cost.figures["trainable_parameters"] = trainable_parameters(model)
         with cost.seconds("train"):
             curve = train(model, groups, batches(splits["train"], training["batch_size"], seed), training)
     after = halves_loss(base, tokenizer, other, length)
     cost.figures |= {
         "examples_per_second": curve[-1]["step"] * training["batch_size"] / cost.figures["train_seconds"],
-        "trainable_parameters": trainable_parameters(model),
         "checkpoint_bytes": checkpoint_bytes(model),
     }
     validation = score(model, splits["validation"])
