@@ -78,7 +78,7 @@ bench-quick: .venv/installed
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --quick --table &&) true
 
 bench: .venv/installed
-	@echo 'Every method at each rate of its grid, then two more seeds: BENCH_ESTIMATE.'
+	@echo 'Some 90 runs of each task, of 1 to 10 minutes on one core: 4 hours or more on two. It may be interrupted.'
 	$(MAKE) --jobs 2 $(BENCH_TASKS:%=full-%)
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --table &&) true
 

@@ -1,6 +1,8 @@
 """Configuration of the documentation: sphinx-build -W -n -q docs docs/_build/html."""
 
 import dataclasses
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ myst_heading_anchors = 3
 
 # Single backticks in docstrings are names, most of them of other libraries: set as code and not looked up.
 default_role = "code"
+napoleon_custom_sections = [("Shapes", "params_style")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 
@@ -43,6 +46,18 @@ def escape_bars(app, what, name, obj, options, lines):
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def shapes_of_tensors(app, what, name, obj, options, lines):
+    """The shapes that stand beside the arguments in the source, `A: Tensor,  # shape: (m, n)`, and of what returns."""
+    if what != "function":
+        return
+    signature = inspect.getsource(inspect.unwrap(obj)).partition('"""')[0]
+    arguments = re.findall(r"^ +(\w+): .*# shape: (.*)$", signature, re.MULTILINE)
+    returned = re.findall(r"^\) ->.*:  # shape: (.*)$", signature, re.MULTILINE)
+    if arguments or returned:
+        shapes = [*arguments, *(("the result", shape) for shape in returned)]
+        lines += ["", "Shapes:", *(f"    {argument}: {shape}" for argument, shape in shapes), ""]
+
+
 def fields_of_config(app, what, name, obj, options, signature, return_annotation):
     """A config is shown with its own fields and their defaults, not with those of every PEFT config."""
     if what != "class" or not issubclass(obj, PeftConfig):
@@ -55,4 +70,5 @@ def fields_of_config(app, what, name, obj, options, signature, return_annotation
 
 def setup(app):
     app.connect("autodoc-process-signature", fields_of_config)
+    app.connect("autodoc-process-docstring", shapes_of_tensors, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", escape_bars, priority=900)  # after napoleon

@@ -31,21 +31,27 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, Trainer
 from transformers.hf_argparser import HfArg
 
-from spectral_peft import PiSSAConfig, SVFitConfig
+from spectral_peft import PiSSAConfig, SCTConfig, SSTConfig, SVFitConfig, create_spectral_optimizer
 
 
 class Method(NamedTuple):
-    """The config of a method, with the rank and the peak learning rate that it gets without flags."""
+    """The config of a method, with the rank and the peak learning rate that it gets without flags.
+
+    `values` multiplies the rate for singular values that train beside singular vectors.
+    """
 
     config: Callable[..., PeftConfig]
     rank: int
     learning_rate: float
+    values: float = 1.0
 
 
 METHODS = {
     # Without the frozen singular vectors in the adapter file: they are computed anew from the base when it is loaded.
     "svfit": Method(functools.partial(SVFitConfig, save_start=False), rank=64, learning_rate=1e-1),
     "pissa": Method(functools.partial(PiSSAConfig, save_start=False), rank=16, learning_rate=3e-4),
+    "sst": Method(functools.partial(SSTConfig, pool=32), rank=8, learning_rate=3e-4, values=100),
+    "sct": Method(SCTConfig, rank=128, learning_rate=5e-4, values=10),
     "lora": Method(functools.partial(LoraConfig, lora_alpha=32), rank=16, learning_rate=1e-3),
 }
 LOADERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
@@ -231,7 +237,11 @@ def make_trainer(name: str, args: Arguments, model: PeftModel, **data: Any) -> T
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=args.seed,
     )
-    return Trainer(model, training, **data)
+    rate, optimizer = training.learning_rate, None
+    if METHODS[name].values != 1:
+        value_lr = METHODS[name].values * rate
+        optimizer = create_spectral_optimizer(model, torch.optim.AdamW, lr=rate, value_lr=value_lr)
+    return Trainer(model, training, optimizers=(optimizer, None), **data)
 
 
 def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list[Row], held_out: list[Row]) -> tuple:

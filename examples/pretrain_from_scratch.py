@@ -1,31 +1,62 @@
-"""Pre-train a small Llama from nothing with SST and the HF Trainer, on any text file; stop it and it goes on.
+"""Pre-train a small Llama from nothing with SST or SCT and the Trainer, on any text file; stop it and it goes on.
 
     python examples/pretrain_from_scratch.py --text corpus.txt
     python examples/pretrain_from_scratch.py --text corpus.txt --resume     # from the last checkpoint
+    python examples/pretrain_from_scratch.py --text corpus.txt --method sct --output-dir sct-out
 
-All singular values of every projection train, and r of the singular vectors at a time; embeddings, norms and head
-train in full. The dense weights are freed. At the end the model is merged into a plain one and saved.
+SST: all singular values of every projection train, and r of the singular vectors at a time; the result is a model of
+full rank. SCT: every projection is three thin factors of rank r from the first step to the last; no dense weight is
+allocated before the end. Embeddings, norms and head train in full. At the end the model is merged into a plain one.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset, load_dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
 
-from spectral_peft import SSTConfig, parameter_report, untargeted_modules
+from spectral_peft import (
+    SCTConfig,
+    SSTConfig,
+    build_factored,
+    create_spectral_optimizer,
+    parameter_report,
+    untargeted_modules,
+)
 
 
-def blocks(text: Path, vocabulary: int, length: int) -> Dataset:
+@dataclass
+class Arguments:
+    """What to train, on what, and how."""
+
+    text: str = HfArg(help="a plain text file")
+    method: Literal["sst", "sct"] = HfArg(default="sst", help="sparse spectral or spectral compact training")
+    output_dir: str = HfArg(default="pretrain-out", help="checkpoints; the plain model goes to its folder merged")
+    resume: bool = HfArg(default=False, help="go on from the last checkpoint in --output-dir")
+    hidden: int = HfArg(default=128, help="hidden size")
+    layers: int = HfArg(default=2, help="number of layers")
+    r: int = HfArg(default=16, help="SST: singular vectors that train at a time; SCT: the rank")
+    vocabulary: int = HfArg(default=2048, help="tokens of the byte-level BPE that is trained on the text")
+    length: int = HfArg(default=64, help="tokens of an example")
+    steps: int = HfArg(default=2000, help="optimizer steps")
+    batch: int = HfArg(default=16, help="examples per batch and device")
+    steps_per_iteration: int = HfArg(default=200, help="SST: steps from one exchange of vectors to the next")
+    save_every: int = HfArg(default=500, help="steps from one checkpoint to the next")
+    learning_rate: float = HfArg(default=0.0, help="peak of the schedule; 0: 1e-2 for SST, 3e-3 for SCT")
+
+
+def blocks(text: str, vocabulary: int, length: int) -> Dataset:
     """The text as blocks of `length` tokens of a byte-level BPE that is trained on it."""
-    lines = load_dataset("text", data_files=str(text), split="train")
+    lines = load_dataset("text", data_files=text, split="train")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(lines[:100_000]["text"], vocab_size=vocabulary, show_progress=False)
 
@@ -37,65 +68,61 @@ def blocks(text: Path, vocabulary: int, length: int) -> Dataset:
     return lines.map(cut, batched=True, batch_size=1000, remove_columns=["text"])
 
 
-def spectral_llama(arguments: argparse.Namespace) -> torch.nn.Module:
+def spectral_llama(arguments: Arguments) -> PeftModel:
     """A Llama whose projections exist as singular triplets only."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=arguments.hidden,
-            intermediate_size=3 * arguments.hidden,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=4,
-            vocab_size=arguments.vocabulary,
-            max_position_embeddings=arguments.length,
-        )
+    llama = LlamaConfig(
+        hidden_size=arguments.hidden,
+        intermediate_size=3 * arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=4,
+        vocab_size=arguments.vocabulary,
+        max_position_embeddings=arguments.length,
     )
+    common = {"r": arguments.r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if arguments.method == "sct":
+        return build_factored(llama, SCTConfig(init="random", **common))
+    model = LlamaForCausalLM(llama)
+    steps = arguments.steps_per_iteration
+    rest = untargeted_modules(model)  # embeddings, norms and head
     return get_peft_model(
-        model,
-        SSTConfig(
-            r=arguments.r,
-            target_modules="all-linear",
-            modules_to_save=untargeted_modules(model),
-            keep_base_weight=False,
-            steps_per_iteration=arguments.steps_per_iteration,
-            task_type="CAUSAL_LM",
-        ),
+        model, SSTConfig(modules_to_save=rest, keep_base_weight=False, steps_per_iteration=steps, **common)
     )
+
+
+def optimizer_of(model: PeftModel, arguments: Arguments) -> torch.optim.Optimizer:
+    """AdamW: one rate for everything with SST; with SCT, factors by their height and singular values faster."""
+    rate = arguments.learning_rate or {"sst": 1e-2, "sct": 3e-3}[arguments.method]
+    if arguments.method == "sct":
+        return create_spectral_optimizer(model, torch.optim.AdamW, lr=rate, factor_lr=rate / 4, value_lr=3 * rate)
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate, weight_decay=0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Train, and return the loss on the held-out last hundredth of the text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
-    parser.add_argument("--output-dir", type=Path, default=Path("pretrain-out"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
-    numbers = {"hidden": 128, "layers": 2, "r": 16, "vocabulary": 2048, "length": 64, "steps": 2000, "batch": 16}
-    for name, default in {**numbers, "steps-per-iteration": 200, "save-every": 500}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    arguments = parser.parse_args(argv)
+    (arguments,) = HfArgumentParser(Arguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(argv)
 
     set_seed(0)
     data = blocks(arguments.text, arguments.vocabulary, arguments.length).train_test_split(0.01, seed=0)
     model = spectral_llama(arguments)
     print(parameter_report(model))
     training = TrainingArguments(
-        output_dir=str(arguments.output_dir),
+        output_dir=arguments.output_dir,
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.batch,
-        learning_rate=arguments.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.02,
-        weight_decay=0.0,
         save_steps=arguments.save_every,
         logging_steps=max(1, arguments.steps // 20),
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
     )
-    trainer = Trainer(model, training, train_dataset=data["train"], eval_dataset=data["test"])
+    optimizers = (optimizer_of(model, arguments), None)
+    trainer = Trainer(model, training, train_dataset=data["train"], eval_dataset=data["test"], optimizers=optimizers)
     trainer.train(resume_from_checkpoint=arguments.resume)
     loss = trainer.evaluate()["eval_loss"]
-    model.merge_and_unload().save_pretrained(arguments.output_dir / "merged")
-    print(f"held-out loss {loss:.3f}; a plain model is in {arguments.output_dir / 'merged'}")
+    merged = Path(arguments.output_dir) / "merged"
+    model.merge_and_unload().save_pretrained(merged)
+    print(f"held-out loss {loss:.3f}; a plain model is in {merged}")
     return loss
 
 

@@ -6,6 +6,7 @@ from spectral_peft.config import CalibratedConfig, SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
 from spectral_peft.factored import build_factored, load_factored, save_factored
+from spectral_peft.hotswap import hotswap_adapter
 from spectral_peft.hub import push_to_hub
 from spectral_peft.memory import MemoryEstimate, estimate_memory, return_freed_memory, save_on_disk
 from spectral_peft.merged import export_merged
@@ -62,6 +63,7 @@ __all__ = [
     "estimate_memory",
     "export_lora",
     "export_merged",
+    "hotswap_adapter",
     "load_factored",
     "parameter_groups",
     "parameter_report",

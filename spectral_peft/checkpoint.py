@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from spectral_peft.errors import SpectralError
+from spectral_peft.experts import ExpertLinear, SpectralExperts
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.update import SpectralUpdate
 
@@ -122,15 +123,22 @@ def is_fresh(model: nn.Module, adapter_name: str) -> bool:
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Takes every trace of an adapter out of a model: the undo of an injection or a loading that failed."""
-    for name, layer in list(model.named_modules()):
+    for layer in model.modules():
         if isinstance(layer, SpectralLinear):
             layer.discard_adapter(adapter_name)
-            if not layer.configs:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
+    _unwrap_idle(model)
     for module in model.modules():
         configs = vars(module).get("peft_config")
         if isinstance(configs, dict):
             configs.pop(adapter_name, None)
             if not configs and not isinstance(module, BaseTuner):
                 del module.peft_config
+
+
+def _unwrap_idle(model: nn.Module) -> None:
+    """Puts modules back into the place of layers that have no adapter."""
+    for name, module in list(model.named_modules()):
+        wraps = isinstance(module, (SpectralLinear, SpectralExperts)) and not isinstance(module, ExpertLinear)
+        if wraps and not module.configs:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -163,6 +164,7 @@ def export(
     model = _with_adapter(adapter, base, auto_class)
     if to is Destination.merged:
         export_merged(model, folder, dtype=None if dtype is None else getattr(torch, dtype))
+        _copy_tokenizer(str(model.get_base_model().name_or_path), folder)
         _print([{"written": str(file)} for file in sorted(folder.iterdir())], as_json)
     else:
         errors = export_lora(model, folder, rank=rank)
@@ -236,6 +238,14 @@ def _with_adapter(adapter: str, base: str | None, auto_class: str) -> PeftModel:
     if not name:
         raise typer.BadParameter("is needed: the adapter names no base model.", param_hint="--base")
     return PeftModel.from_pretrained(_load(name, auto_class), str(adapter_folder(adapter)))
+
+
+def _copy_tokenizer(base: str, folder: Path) -> None:
+    """Saves the base model's tokenizer beside the dense model, if it has one: converters want both in one folder."""
+    try:
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"No tokenizer was copied from {base!r}: {error}", stacklevel=2)
 
 
 def _planned(model_config: Any, config: SpectralConfig) -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -33,21 +34,24 @@ def add_weighted_adapter(
 ) -> None:
     """`SpectralModel.add_weighted_adapter`, which says what is raised; the model changes after all is computed."""
     _check(tuner, adapters, weights, adapter_name, combination_type, svd_rank)
+    _refuse_merged(tuner)
     terms: dict[SpectralLinear, list[Term]] = {}
     for name, weight in zip(adapters, weights, strict=True):
         for _, layer, update in adapter_updates(tuner.model, name):
             layer.settle(name)
             terms.setdefault(layer, []).append((weight, update))
     first: SpectralConfig = tuner.peft_config[adapters[0]]  # type: ignore[assignment]
-    sums: dict[SpectralLinear, SpectralUpdate] = {}
-    for layer, of_layer in terms.items():
-        try:
-            sums[layer] = _sum(layer, of_layer, first, combination_type, svd_rank)
-        except SpectralError as error:
-            raise SpectralError(f"{layer.key}: {error}") from error
+    if combination_type == "linear":
+        config, sums = first, {layer: _linear_sum(layer, of_layer, first) for layer, of_layer in terms.items()}
+    else:
+        triplets = {layer: _triplets(layer, of_layer) for layer, of_layer in terms.items()}
+        if combination_type == "svd":
+            triplets = {layer: _leading(triplets[layer], svd_rank or _largest_rank(terms[layer])) for layer in terms}
+        config = first.for_changes(max(len(factors.S) for factors in triplets.values()))
+        sums = {layer: _of_triplets(layer, triplets[layer], terms[layer][0][1], config) for layer in terms}
     ranks = {layer.key: update.r for layer, update in sums.items()}
     tuner.peft_config[adapter_name] = replace(
-        first,
+        config,
         r=max(ranks.values()),
         rank_pattern={**ranks},
         target_modules="|".join(map(re.escape, ranks)),
@@ -60,22 +64,29 @@ def add_weighted_adapter(
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer, update in sums.items():
         layer.update_of(adapter_name).load_state_dict(update.state_dict())  # type: ignore[union-attr]
-        layer.settled[adapter_name] = True
 
 
-def _sum(
-    layer: SpectralLinear, terms: list[Term], config: SpectralConfig, combination_type: str, svd_rank: int | None
-) -> SpectralUpdate:
-    if combination_type == "linear":
-        update = layer.new_update(config, terms[0][1].r)
+@contextmanager
+def _naming(layer: SpectralLinear) -> Iterator[None]:
+    try:
+        yield
+    except SpectralError as error:
+        raise SpectralError(f"{layer.key}: {error}") from error
+
+
+def _linear_sum(layer: SpectralLinear, terms: list[Term], config: SpectralConfig) -> SpectralUpdate:
+    update = layer.new_update(config, terms[0][1].r)
+    with _naming(layer):
         _add_up_(update, terms)
-    else:
-        triplets = _triplets(terms)
-        r = len(triplets.S)
-        if combination_type == "svd":
-            r = min(r, svd_rank or max(len(_thin_change(update)[1]) for _, update in terms))
-        update = layer.new_update(config, r)
-        update.take_change_(Factors(triplets.U[:, :r], triplets.S[:r], triplets.Vh[:r]))
+    update.take_fingerprint_(layer.effective_weight())
+    return update
+
+
+def _of_triplets(
+    layer: SpectralLinear, triplets: Factors, first: SpectralUpdate, config: SpectralConfig
+) -> SpectralUpdate:
+    update = layer.new_update(config, config.rank_for_change(len(triplets.S), first.r))
+    update.take_change_(triplets)
     update.take_fingerprint_(layer.effective_weight())
     return update
 
@@ -104,11 +115,20 @@ def _equal(start: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> bo
     return all(torch.equal(value, other[name]) for name, value in start.items())
 
 
-def _triplets(terms: list[Term]) -> Factors:
+def _triplets(layer: SpectralLinear, terms: list[Term]) -> Factors:
     """The singular triplets of the weighted sum, in float64."""
-    changes = [(weight, *_thin_change(update)) for weight, update in terms]
+    with _naming(layer):
+        changes = [(weight, *_thin_change(update)) for weight, update in terms]
     B = torch.cat([weight * B.double() for weight, B, _ in changes], dim=1)
     return svd_of_product(B, torch.cat([A.double() for _, _, A in changes]))
+
+
+def _largest_rank(terms: list[Term]) -> int:
+    return max(len(_thin_change(update)[1]) for _, update in terms)
+
+
+def _leading(triplets: Factors, r: int) -> Factors:
+    return Factors(triplets.U[:, :r], triplets.S[:r], triplets.Vh[:r])
 
 
 def _thin_change(update: SpectralUpdate) -> tuple[Tensor, Tensor]:
@@ -144,7 +164,18 @@ def _check(
         _refuse_other_training(name, tuner.peft_config[name])  # type: ignore[arg-type]
 
 
+def _refuse_merged(tuner: BaseTuner) -> None:
+    """The fingerprint of the sum is that of the base weight, which is not there while an adapter is merged."""
+    if any(isinstance(layer, SpectralLinear) and layer.merged for layer in tuner.model.modules()):
+        raise ValueError("There are merged adapters; call `unmerge_adapter` before adapters are added up.")
+
+
 def _refuse_other_training(name: str, config: SpectralConfig) -> None:
+    if config.target_parameters:
+        raise ValueError(
+            f"The adapter '{name}' changes parameters (`target_parameters`), which cannot be added up; merge the "
+            "adapters into copies of the model and average those."
+        )
     if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
         raise ValueError(
             f"The adapter '{name}' trains more than its updates (modules_to_save, trainable_token_indices or bias), "

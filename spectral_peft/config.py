@@ -113,13 +113,16 @@ def _check_type(entry: Field[Any], value: object) -> None:
         raise TypeError(f"`{entry.name}` should be of type {entry.type}, got {value!r:.200}.")
 
 
-def _check_rank_pattern(rank_pattern: dict[str, Rank]) -> None:
-    for pattern, r in rank_pattern.items():
-        check_rank(r)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} in `rank_pattern` is no regular expression: {error}.") from error
+def _check_patterns(config: SpectralConfig) -> None:
+    """Raises ValueError for a regular expression that is none; lists of modules hold endings of their names."""
+    for name in ("rank_pattern", "layers_pattern", "target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        patterns = [value] if isinstance(value, str) else value if name.endswith("pattern") else None
+        for pattern in patterns or ():
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in `{name}` is no regular expression: {error}.") from error
 
 
 def _look_at_tensors(folder: Path) -> None:
@@ -162,7 +165,8 @@ class SpectralConfig(PeftConfig, ABC):
         bias: "none", "all", or "spectral_only" to train the biases of the adapted layers too.
         modules_to_save: Further modules that are trained in full and saved with the adapter, such as a classifier.
         trainable_token_indices: Token embeddings that are trained too, as in `peft.LoraConfig`.
-        target_parameters: Not supported; raises unless it is None.
+        target_parameters: Names, or their endings, of parameters that are stacks of matrices (experts, rows, columns),
+            such as "experts.down_proj": each matrix gets an update of its own. For methods that add to the weight.
         svd: "randomized", "exact", or "auto": randomized where r is small against min(out_features, in_features).
         save_start: Whether checkpoints hold the frozen singular vectors. True reloads exactly on every machine.
             False stores only what was trained, and recomputes the vectors from the base weight with a deterministic
@@ -178,6 +182,8 @@ class SpectralConfig(PeftConfig, ABC):
     paper: ClassVar[str] = ""
     """What to cite, in Markdown; the model card says it."""
     clamps_rank: ClassVar[bool] = True
+    function_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields on which the function depends beside the tensors: adapters that differ in one cannot be swapped."""
 
     r: Rank = field(default=64, metadata={"help": "Triplets: an integer, a fraction, 'energy=0.9' or 'budget=0.5'."})
     target_modules: list[str] | str | None = field(
@@ -206,7 +212,9 @@ class SpectralConfig(PeftConfig, ABC):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings that are trained too, as in LoraConfig."}
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported; leave it None."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters that are stacks of matrices, one for each expert."}
+    )
     svd: str = field(default="auto", metadata={"help": "SVD algorithm: 'auto', 'exact' or 'randomized'."})
     save_start: bool = field(
         default=True, metadata={"help": "Whether checkpoints hold the frozen singular vectors, or recompute them."}
@@ -246,18 +254,15 @@ class SpectralConfig(PeftConfig, ABC):
 
     def _check_fields(self) -> None:
         check_rank(self.r)
-        _check_rank_pattern(self.rank_pattern)
+        for r in self.rank_pattern.values():
+            check_rank(r)
+        _check_patterns(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
         if self.bias not in ("none", "all", "spectral_only"):
             raise ValueError(f"`bias` should be 'none', 'all' or 'spectral_only', got {self.bias!r}.")
         if self.svd not in ALGORITHMS:
             raise ValueError(f"`svd` should be one of {', '.join(ALGORITHMS)}, got {self.svd!r}.")
-        if self.target_parameters:
-            raise ValueError(
-                f"`target_parameters` is not supported by {type(self).__name__}, got {self.target_parameters}; name "
-                "the modules that hold the parameters in `target_modules`."
-            )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` needs `target_modules` as a list of names, got {self.target_modules!r}.")
@@ -338,6 +343,14 @@ class SpectralConfig(PeftConfig, ABC):
     def start_(self, update: SpectralUpdate, weight: Tensor, key: str = "") -> None:
         """Starts an update that `build` returned from its weight; `key` is the name of the module."""
         update.start_(self.decompose(weight, update.r, key))
+
+    def for_changes(self, triplets: int) -> SpectralConfig:
+        """The config of updates that are set to given changes, of at most so many triplets."""
+        return self
+
+    def rank_for_change(self, triplets: int, r: int) -> int:
+        """The rank of an update that is set to a change of so many triplets, in the place of one of rank `r`."""
+        return triplets
 
     @abstractmethod
     def build(self, size: Size) -> SpectralUpdate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,8 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from spectral_peft.checkpoint import adapter_updates
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
+from spectral_peft.experts import ExpertLinear
 from spectral_peft.layer import SpectralEmbedding, SpectralLinear
 from spectral_peft.linalg import Factors, svd_of_product, truncated_svd
+
+
+MAX_SERVED_RANK = 512
+"""The largest `max_lora_rank` of vLLM."""
 
 
 @torch.no_grad()
@@ -30,7 +36,8 @@ def export_lora(
     The change of each weight is decomposed as U diag(S) Vh from its thin factors, without the dense change, and saved
     as lora_B = U sqrt(S) and lora_A = sqrt(S) Vh. One rank for all, filled up with zeros, and `lora_alpha` equal to
     it, so that there is neither a rank nor an alpha pattern. `modules_to_save`, biases and token embeddings that were
-    trained are saved too. The model is left as it is.
+    trained are saved too; a warning then says that vLLM and llama.cpp refuse them, or that the rank is beyond vLLM's.
+    The model is left as it is.
 
     Args:
         model: A model with a spectral adapter.
@@ -44,12 +51,17 @@ def export_lora(
 
     Raises:
         SpectralError: the change has full rank, as that of an adapter that replaces its base weight, and there is no
-            `rank`.
+            `rank`; or it is one of `target_parameters`.
         ValueError: the model has no such spectral adapter, or `rank` is not positive.
     """
     layers = {layer.key: layer for _, layer, _ in adapter_updates(model, adapter_name)}
     if not layers:
         raise ValueError(f"The model has no spectral adapter named '{adapter_name}'.")
+    if any(isinstance(layer, ExpertLinear) for layer in layers.values()):
+        raise SpectralError(
+            f"The adapter '{adapter_name}' changes parameters that are stacks of matrices (`target_parameters`), for "
+            "which servers have no LoRA. Use `export_merged`, or `merge_and_unload`."
+        )
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` should be positive, got {rank}.")
     factors = {
@@ -57,6 +69,7 @@ def export_lora(
     }
     r = rank or max(len(S) for (_, S, _), _ in factors.values())
     tensors = _untouched_tensors(model, adapter_name)
+    _warn_of_servers(tensors, r)
     for key, (triplets, _) in factors.items():
         tensors.update(_lora_tensors(layers[key], triplets, r))
     folder = Path(folder)
@@ -64,6 +77,22 @@ def export_lora(
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     _lora_config(model, adapter_name, layers, r).save_pretrained(str(folder))
     return {key: error for key, (_, error) in factors.items()}
+
+
+def _warn_of_servers(others: Collection[str], r: int) -> None:
+    reasons = []
+    if others:
+        reasons.append(
+            f"vLLM and llama.cpp refuse it, since it holds {len(others)} tensors beside the LoRA, such as "
+            f"{min(others)} (from modules_to_save, trainable_token_indices or bias)"
+        )
+    if r > MAX_SERVED_RANK:
+        reasons.append(f"vLLM refuses ranks above {MAX_SERVED_RANK}, and this one is {r}; pass a smaller `rank`")
+    if reasons:
+        warnings.warn(
+            f"Stock PEFT loads this LoRA, but {', and '.join(reasons)}. `export_merged` writes a dense model.",
+            stacklevel=3,
+        )
 
 
 def change_triplets(layer: SpectralLinear, adapter_name: str, rank: int | None) -> tuple[Factors, float]:

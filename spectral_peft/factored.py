@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME
 from spectral_peft.card import complete_card
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
-from spectral_peft.stored import load_tensors
+from spectral_peft.stored import load_config, load_tensors
 from spectral_peft.targets import targeted_modules
 
 
@@ -113,6 +113,11 @@ def load_factored(
 ) -> PeftModel:
     """Loads what `save_factored` saved, to train on or to generate; no dense weight is allocated.
 
+    Args:
+        folder: What `save_factored` wrote.
+        auto_class: The class whose `from_config` builds the model.
+        device: None is the default device.
+
     Raises:
         FileNotFoundError: `folder` holds no such model, or not all of its files.
         SpectralError: a tensor is missing or does not fit.
@@ -125,7 +130,7 @@ def load_factored(
             "model that exists without it loads with `PeftModel.from_pretrained`."
         )
     tensors = load_tensors(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    config = load_config(folder)
     config.inference_mode = False
     try:
         model_config = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
@@ -140,6 +145,8 @@ def load_factored(
         set_peft_model_state_dict(model, tensors)
     except KeyError as error:  # what PEFT raises for a module of `modules_to_save` that is not there
         raise SpectralError(f"The checkpoint in {folder} has no tensor {error}: it is incomplete.") from error
+    except RuntimeError as error:  # what torch raises for one of another shape
+        raise SpectralError(f"The checkpoint in {folder} does not fit {config_file}: {error}") from error
     return model
 
 

@@ -214,9 +214,13 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             self.need_base_weight("`disable_adapter`")
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            replaced = self.replacing(self.active_adapters) is not None
-            return self.adapted(None if replaced else self.base_layer(x, *args, **kwargs), x, self.active_adapters)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        replaced = self.replacing(self.active_adapters) is not None
+        return self.adapted(None if replaced else self.base_layer(x, *args, **kwargs), x, self.active_adapters)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
+        """PEFT's name for a batch in which every sample has its own adapter."""
         replacing = {name for name in adapter_names if self.replacing([name]) is not None}
         if not replacing.issuperset(adapter_names):
             self.need_base_weight("a sample that goes through another adapter, or none,")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from spectral_peft.errors import SpectralError
+from spectral_peft.experts import SpectralExperts
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.quantized import quantization_of
 
@@ -48,8 +49,9 @@ def export_merged(
 
     Args:
         model: A model with spectral adapters, factored ones included.
-        folder: Gets config.json and model.safetensors, or several of these with their index. It should not exist, or
-            be empty.
+        folder: Gets config.json, generation_config.json for a model that generates, and model.safetensors, or several
+            of these with their index. It should not exist, or be empty. A model knows no tokenizer: save it there too,
+            with its own `save_pretrained`, for programs such as llama.cpp's convert_hf_to_gguf.py.
         adapter_name: The adapter to merge.
         dtype: That of the saved weights; None leaves each in the dtype of its base weight, or in the one that a
             quantized weight is dequantized to.
@@ -67,7 +69,9 @@ def export_merged(
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _config(base, entries).save_pretrained(str(folder))
+        _config(base, entries, dtype).save_pretrained(str(folder))
+        if base.can_generate():
+            base.generation_config.save_pretrained(str(folder))
         _write(_shards(entries, shard_bytes), folder)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,9 +82,11 @@ def export_merged(
         raise
 
 
-def _config(base: Any, entries: list[_Entry]) -> Any:
+def _config(base: Any, entries: list[_Entry], dtype: torch.dtype | None) -> Any:
     """The config of the model, not quantized, which no longer ties weights if training has made them differ."""
     config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]  # as transformers notes it when it saves a model
+    config.dtype = dtype or base.dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if base.all_tied_weights_keys.keys() & {entry.name for entry in entries}:
@@ -120,6 +126,8 @@ def _tensors(module: nn.Module, prefix: str, adapter_name: str) -> Named:
         yield from _tensors(copied, prefix, adapter_name)
     elif isinstance(module, AuxiliaryTrainingWrapper):
         raise SpectralError(f"{prefix[:-1]}: token embeddings that were trained apart need `merge_and_unload`.")
+    elif isinstance(module, SpectralExperts):
+        yield from _merged_experts(module, prefix, adapter_name)
     elif isinstance(module, SpectralLinear):
         yield from _merged_tensors(module, prefix, adapter_name)
     else:
@@ -142,6 +150,16 @@ def _merged_tensors(layer: SpectralLinear, prefix: str, adapter_name: str) -> Na
             yield name, dense, partial(layer.merged_weight, adapter_name)
         else:
             yield name, value, make
+
+
+def _merged_experts(experts: SpectralExperts, prefix: str, adapter_name: str) -> Named:
+    adapted = {
+        f"{prefix}{name}": name
+        for name in experts.parameter_names
+        if experts.layers_of(name)[0].update_of(adapter_name) is not None
+    }
+    for name, value, make in _tensors(experts.base_layer, prefix, adapter_name):
+        yield name, value, partial(experts.merged_parameter, adapted[name], adapter_name) if name in adapted else make
 
 
 def _shards(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:

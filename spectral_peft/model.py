@@ -32,6 +32,7 @@ from spectral_peft.checkpoint import (
 from spectral_peft.combination import add_weighted_adapter
 from spectral_peft.config import SpectralConfig, SpectralPeftType
 from spectral_peft.errors import SpectralError
+from spectral_peft.experts import SpectralExperts, expert_layers
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.mixed_batch import adapter_per_sample
 from spectral_peft.quantized import name_of, refuse_merging
@@ -61,7 +62,10 @@ class SpectralModel(BaseTuner):
         self._energy_ranks: dict[str, int] = {}
         self._progress = tqdm(desc="Starting adapters", unit=" layers", delay=2, leave=False)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with warnings.catch_warnings():
+                # `refuse_unmatched_patterns` knows better: PEFT does not look at the matrices of parameters.
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             remove_adapter(model, adapter_name)
             raise
@@ -96,18 +100,28 @@ class SpectralModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         self._progress.set_postfix_str(current_key, refresh=False)
-        layer = target if isinstance(target, SpectralLinear) else wrap(target, current_key)
-        if layer is not target:
-            # Before there is an update: PEFT moves what it finds to the device of the weight, which may be "meta".
-            self._replace_module(parent, target_name, layer, target)
-        try:
-            r = self._rank(peft_config, layer)
-            layer.update_layer(adapter_name, peft_config, r=r, container=peft_config.container)
-        except SpectralError as error:
-            raise SpectralError(f"{current_key}: {error}") from error
-        if not peft_config.from_checkpoint:
-            peft_config.base_quantization = peft_config.base_quantization or name_of(layer.quantization_backend)
+        if parameter_name is None:
+            targets = [self._layer(target, target_name, parent, current_key)]
+        else:
+            targets = expert_layers(parent, target_name, target, parameter_name, current_key)
+        for layer in targets:
+            try:
+                r = self._rank(peft_config, layer)
+                layer.update_layer(adapter_name, peft_config, r=r, container=peft_config.container)
+            except SpectralError as error:
+                said = str(error).removeprefix(f"{layer.key}: ")
+                raise SpectralError(f"{layer.key}: {said}") from error
+            if not peft_config.from_checkpoint:
+                peft_config.base_quantization = peft_config.base_quantization or name_of(layer.quantization_backend)
         self._progress.update()
+
+    def _layer(self, target: nn.Module, target_name: str, parent: nn.Module, key: str) -> SpectralLinear:
+        if isinstance(target, SpectralLinear):
+            return target
+        layer = wrap(target, key)
+        # Before there is an update: PEFT moves what it finds to the device of the weight, which may be "meta".
+        self._replace_module(parent, target_name, layer, target)
+        return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Without what PEFT's does beside: moving updates, which are where their weight is, and copying the weight of
@@ -155,6 +169,8 @@ class SpectralModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        if any(isinstance(module, SpectralExperts) for module in self.modules()):
+            raise ValueError("`adapter_names` needs adapters of modules; here are some of `target_parameters` too.")
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         encoder = None if encoder is self.model else encoder  # what transformers answers where there is none
         with adapter_per_sample(self, adapter_names, kwargs.get("num_beams") or 1, encoder):
@@ -170,9 +186,9 @@ class SpectralModel(BaseTuner):
     ) -> None:
         """Adds an adapter whose change of each weight is the weighted sum of the changes by others, and freezes it.
 
-        As PEFT's for LoRA, but "linear" and "cat" are both exact up to rounding. Possible for SVFit and PiSSA; the new
-        adapter is of their method, with the vectors of the sum where its start is stored, and goes on training as
-        such when it is activated.
+        As PEFT's for LoRA, but "linear" and "cat" are both exact up to rounding. Possible for SVFit, PiSSA and SST on
+        a pool; the new adapter is of their method, with the vectors of the sum where its start is stored (for SST they
+        are its pool), and goes on training as such when it is activated.
 
         Args:
             adapters: Names of the adapters to add up; their ranks and targets may differ.
@@ -187,7 +203,7 @@ class SpectralModel(BaseTuner):
         Raises:
             SpectralError: the method has no update for such a sum.
             ValueError: an unknown adapter or combination, or one that trains more than its updates; a name that is
-                taken.
+                taken; merged adapters.
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
@@ -206,7 +222,7 @@ class SpectralModel(BaseTuner):
             if not isinstance(layer, SpectralLinear):
                 continue
             for adapter_name in layer.active_adapters if adapter_names is None else adapter_names:
-                if adapter_name in layer.configs and not torch.isfinite(layer.get_delta_weight(adapter_name)).all():
+                if adapter_name in layer.configs and not torch.isfinite(layer.merged_weight(adapter_name)).all():
                     raise ValueError(
                         f"{layer.key}: NaN or Inf in the update of adapter '{adapter_name}', which seems to be "
                         "broken; nothing was merged."
@@ -288,6 +304,9 @@ def register(config_cls: Config) -> Config:
 
     The method's PEFT type is ``SPECTRAL_<METHOD>`` and its prefix ``spectral_<method>_``, as transformers expects.
     Registering the same config again does nothing.
+
+    Args:
+        config_cls: A subclass of `SpectralConfig` with `method` and `build`. It is returned.
 
     Raises:
         ValueError: another method is registered under this type, or another type has this prefix.

@@ -121,6 +121,15 @@ def step_in_backward(
     of its own, over the groups of `parameter_groups`, so that the factors of a weight are stepped, and retracted,
     together.
 
+    Args:
+        model: A model with spectral adapters.
+        optimizer_cls: For example `torch.optim.AdamW`.
+        lr: As in `parameter_groups`.
+        factor_lr: As in `parameter_groups`.
+        value_lr: As in `parameter_groups`.
+        weight_decay: As in `parameter_groups`.
+        kwargs: Further arguments of `optimizer_cls`.
+
     Returns:
         The optimizers, to make learning rate schedulers for them and to save their state.
 

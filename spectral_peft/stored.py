@@ -56,6 +56,9 @@ class StoredAdapter:
 def open_adapter(source: str | Path) -> StoredAdapter:
     """Reads an adapter from a folder, or from the Hub if there is no such folder.
 
+    Args:
+        source: A folder, or the id of a repository.
+
     Raises:
         FileNotFoundError: the folder, or a file that belongs to an adapter, is not there.
         SpectralError: it is not an adapter of a spectral method, a file is damaged, or tensors do not fit the config.
@@ -63,12 +66,7 @@ def open_adapter(source: str | Path) -> StoredAdapter:
     folder = adapter_folder(source)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG_NAME}.")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise SpectralError(f"{folder / CONFIG_NAME} cannot be read: {error!r}.") from error
-    if not isinstance(config, SpectralConfig):
-        raise SpectralError(f"{folder} holds an adapter of type {config.peft_type}, not of a spectral method.")
+    config = load_config(folder)
     tensors = load_tensors(folder)
     updates = {module: _rebuilt(config, module, own) for module, own in _by_module(tensors, config).items()}
     if not updates:
@@ -83,6 +81,21 @@ def adapter_folder(source: str | Path) -> Path:
     if str(source).count("/") > 1 or str(source).startswith((".", "/")):
         raise FileNotFoundError(f"There is no folder {source}.")
     return Path(snapshot_download(str(source), allow_patterns=["adapter_*", "base/config.json"]))
+
+
+def load_config(folder: Path) -> SpectralConfig:
+    """The config of an adapter.
+
+    Raises:
+        SpectralError: it is damaged, or not that of a spectral method.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise SpectralError(f"{folder / CONFIG_NAME} cannot be read: {error!r}.") from error
+    if not isinstance(config, SpectralConfig):
+        raise SpectralError(f"{folder} holds an adapter of type {config.peft_type}, not of a spectral method.")
+    return config
 
 
 def load_tensors(folder: Path) -> dict[str, Tensor]:

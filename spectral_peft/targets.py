@@ -36,11 +36,23 @@ def targeted_modules(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     }
 
 
+def targeted_matrices(model: nn.Module, config: Any) -> list[str]:
+    """Names of the matrices in the parameters that `config` names in `target_parameters`, by PEFT's rule."""
+    named = [(name.replace(".base_layer", ""), value) for name, value in model.named_parameters()]
+    endings = tuple(f".{target}" for target in config.target_parameters or ())
+    return [
+        f"{name}.{index}"
+        for name, value in named
+        if value.ndim == 3 and f".{name}".endswith(endings)
+        for index in range(len(value))
+    ]
+
+
 def refuse_unmatched_patterns(model: nn.Module, config: Any) -> None:
     """Raises ValueError if an entry of `rank_pattern` is for no module that `config` targets."""
     if not config.rank_pattern:
         return
-    keys = list(targeted_modules(model, config))
+    keys = [*targeted_modules(model, config), *targeted_matrices(model, config)]
     idle = [pattern for pattern in config.rank_pattern if not any(_matches(pattern, key) for key in keys)]
     if keys and idle:
         raise ValueError(

@@ -285,7 +285,7 @@ class Fuzzer:
             if not str(error):
                 return f"{outcome} without a message"
         except Exception:
-            return traceback.format_exc(limit=-4)
+            return traceback.format_exc(limit=-8)
         self.outcomes[f"{sample.read.__name__}: {outcome}"] += 1
         return f"forbidden: {forbidden[:3]}" if forbidden else None
 

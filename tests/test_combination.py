@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig
-from tests.methods import METHODS, Method
+from tests.methods import METHODS, POOLED_SST, Method
 from tests.models import gpt2, layers, llama, logits, train_
 
 
-ADDED = [method for method in METHODS if method.name in ("svfit", "pissa")]
-OTHERS = [method for method in METHODS if method not in ADDED]
+ADDED = [method for method in METHODS if not method.replaces]
+OTHERS = [method for method in METHODS if method.replaces]
 WEIGHTS = [0.7, -1.5]
 
 
@@ -46,6 +46,7 @@ def test_cat_is_exact(added_method: Method, base) -> None:
     check_sum(model)
 
 
+@pytest.mark.parametrize("added_method", [method for method in ADDED if method.embeddings], ids=str)
 def test_embeddings_add_up(added_method: Method) -> None:
     model = two_adapters(
         added_method, target_modules=["embed_tokens", "v_proj"], second={"target_modules": ["v_proj"]}
@@ -87,7 +88,7 @@ def test_one_adapter_is_scaled(added_method: Method) -> None:
 
 
 def test_the_sum_is_an_adapter_like_others(added_method: Method, tmp_path) -> None:
-    model = two_adapters(added_method, save_start=False)
+    model = two_adapters(added_method, save_start=not added_method.recomputable)
     active = model.active_adapter
     model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="svd", svd_rank=5)
     assert model.active_adapter == active
@@ -112,14 +113,71 @@ def test_what_has_no_sum_says_so(method: Method, kind: str) -> None:
     assert sorted(model.peft_config) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"layers_to_transform": [1]},
+        {"dense_modules": ["model.layers.0.self_attn.q_proj"]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_the_first_adapter_leaves_out_is_not_left_out_of_the_sum(
+    added_method: Method, fields: dict[str, object], tmp_path
+) -> None:
+    targets = {"target_modules": ["q_proj"], "init_weights": False}
+    model = get_peft_model(llama(), added_method(**targets, **fields), "one").eval()
+    model.add_adapter("two", added_method(**targets))
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    check_sum(model)
+    assert sum(layer.update_of("sum") is not None for layer in layers(model)) == 2
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "sum")), logits(model))
+
+
+def test_an_adapter_that_nothing_has_started_yet_is_started(added_method: Method, tmp_path) -> None:
+    """That of a checkpoint's config alone starts at its first use."""
+    get_peft_model(llama(), added_method(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path), "one")
+    assert not any(layer.update_of("one").is_started() for layer in layers(model))
+    model.add_weighted_adapter(["one"], [1.0], "sum", combination_type="cat")
+    assert all(layer.update_of("one").is_started() for layer in layers(model))
+
+
+def test_merged_adapters_are_not_added_up(added_method: Method) -> None:
+    model = two_adapters(added_method, target_modules=["q_proj"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum")
+    assert sorted(model.peft_config) == ["one", "two"]
+
+
+def test_the_pool_of_a_sum_holds_its_triplets() -> None:
+    """Also on layers where fewer adapters than elsewhere add up, and the trained ones stay as many as they were."""
+    model = two_adapters(
+        POOLED_SST, target_modules=["q_proj", "up_proj"], second={"target_modules": ["q_proj"]}, pool=6, r=4
+    )
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    check_sum(model)
+    assert (model.peft_config["sum"].pool, model.peft_config["sum"].r) == (24, 4)
+    for layer in layers(model):
+        update = layer.update_of("sum")
+        assert (len(update.S.weight), update.U.weight.shape[1]) == (24, 4)
+        U, _, Vh = update.factors()
+        for factor in (U, Vh.mT):
+            torch.testing.assert_close(factor.mT @ factor, torch.eye(24), rtol=1e-4, atol=1e-4)
+
+
 def test_linear_needs_one_start() -> None:
     model = get_peft_model(llama(), SVFitConfig(r=8, target_modules="all-linear"), "one")
     model.add_adapter("two", SVFitConfig(r=4, target_modules="all-linear"))
     with pytest.raises(SpectralError, match="different singular vectors"):
         model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
-    pissa = two_adapters(ADDED[1])
-    with pytest.raises(SpectralError, match="product of what it trains"):
-        pissa.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
+    for method in ADDED[1:]:
+        others = two_adapters(method)
+        with pytest.raises(SpectralError, match=r"layers\.0\..*product of what it trains"):
+            others.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
 
 
 def test_wrong_arguments_change_nothing(added_method: Method) -> None:

@@ -34,7 +34,6 @@ def test_possible_ranks_are_kept(free_rank_method: Method, r: object) -> None:
         ({"dropout": -0.1}, "`dropout`"),
         ({"bias": "lora_only"}, "`bias` should be 'none', 'all' or 'spectral_only', got 'lora_only'"),
         ({"svd": "fast"}, "`svd` should be one of auto, exact, randomized, got 'fast'"),
-        ({"target_parameters": ["experts.weight"]}, "`target_parameters` is not supported"),
         ({"layers_to_transform": [0]}, "`layers_to_transform` needs `target_modules` as a list"),
         ({"layers_pattern": "layers"}, "`layers_pattern` needs `target_modules` as a list"),
     ],

@@ -7,9 +7,12 @@ by a comment `<!-- not run: REASON -->`.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,11 +26,16 @@ import spectral_peft.pruning
 import spectral_peft.stored
 import spectral_peft.suggestions
 import spectral_peft.verification
+from tests.methods import METHODS
 
 
 ROOT = Path(__file__).parents[1]
 MODEL = "HuggingFaceTB/SmolLM2-135M"
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
+]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\n+$", re.DOTALL)
 
@@ -83,6 +91,70 @@ def test_every_public_name_is_in_the_reference():
     assert (
         set(spectral_peft.__all__) | set(spectral_peft.linalg.__all__) - constants | behind_the_command == documented
     )
+
+
+PARTS = ("Formula", "When to use it", "Cost", "Measured", "Learning rates", "Differences from the paper", "Reference")
+
+
+@pytest.mark.parametrize("config", sorted({method.config for method in METHODS}, key=lambda config: config.method))
+def test_every_method_has_a_whole_page(config):
+    page = (ROOT / "docs" / "methods" / f"{config.method}.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    assert [part for part in PARTS if not any(title.startswith(part) for title in titles)] == []
+    when = page.split("\n## When to use it\n")[1].split("\n## ")[0]
+    assert re.search(r"^Not ", when, re.MULTILINE), "it says when to use it, and not when not"
+    assert re.search(r"https://arxiv\.org/abs/[\d.]+", config.paper)[0] in page
+
+
+def public_functions():
+    """Every public function, and the public methods of every public class, by name."""
+    modules = (spectral_peft, spectral_peft.linalg, spectral_peft.stored, spectral_peft.verification,
+               spectral_peft.suggestions, spectral_peft.pruning)  # fmt: skip
+    for module in modules:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                assert inspect.getdoc(value), name
+                for member, function in vars(value).items():
+                    if inspect.isfunction(function) and not member.startswith("_"):
+                        yield f"{name}.{member}", function
+            elif inspect.isfunction(value):
+                assert inspect.getdoc(value), name
+                yield name, value
+
+
+def test_docstrings_tell_arguments_and_errors():
+    """What a function raises by itself is in its docstring; so are its arguments, with the shapes of tensors."""
+    for name, function in public_functions():
+        doc, source = inspect.getdoc(function) or "", inspect.getsource(inspect.unwrap(function))
+        tree = ast.parse(textwrap.dedent(source)).body[0]
+        raised = {node.exc.func.id for node in ast.walk(tree) if isinstance(node, ast.Raise) and node.exc is not None}
+        told = re.findall(r"\w+", doc)
+        assert raised - {*told} <= {"NotImplementedError"}, name
+        if "." not in name:
+            signature = source.partition('"""')[0]
+            shapes = dict(re.findall(r"^ +(\w+): .*Tensor.*(# shape.*)$", signature, re.MULTILINE))
+            hints = {argument: str(hint) for argument, hint in inspect.unwrap(function).__annotations__.items()}
+            for argument in inspect.signature(function).parameters:
+                assert argument in told or argument in shapes or argument == "model", f"{name}: {argument}"
+                assert "Tensor" not in hints.get(argument, "") or argument in shapes, f"{name}: shape of {argument}"
+
+
+def test_the_guide_to_checkpoints_lists_their_tensors():
+    page = (ROOT / "docs" / "guides" / "checkpoints.md").read_text(encoding="utf-8")
+    for method in METHODS:
+        (row,) = re.findall(rf"^\| {method.config.method} \|(.*)$", page, re.MULTILINE | re.IGNORECASE)
+        told = [set(re.findall(r"`(\w+)`", cell)) for cell in row.split("|")[:3]]
+        weights = [{name.removesuffix(".weight") for name in names} for names in (method.trained, method.start)]
+        assert told[0] == weights[0]
+        assert told[1] >= weights[1]
+        assert told[2] == method.counters - {"fingerprint"}
+
+
+def test_the_support_matrix_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "docs" / "support-matrix.md").read_text(encoding="utf-8")))
+    assert len(named) > 20
+    assert named - {path.name for path in (ROOT / "tests").rglob("test_*.py")} == set()
 
 
 def test_example_of_a_new_method(capsys):

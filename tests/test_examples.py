@@ -1,20 +1,22 @@
-"""The example runs from flags to table, on a model and a text that are made here."""
+"""The examples run from flags to what they print and leave behind, on models and data that are made here."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
+import re
 
 import pytest
 import torch
+from peft import PeftConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.hub_server import point_client_at, running_hub
+from tests.models import llama
+from tests.scripts import example as load
 
 
 for requirement in ("datasets", "psutil", "rich", "yaml"):
     pytest.importorskip(requirement, reason="the example needs the packages of the group `demo`")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "finetune_causal_lm.py"
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -23,12 +25,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("finetune_causal_lm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # HfArgumentParser looks the types of the flags up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("finetune_causal_lm")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +95,14 @@ def test_plain_text_and_named_modules(example, model_folder, tmp_path):
     assert results["lora"]["reloaded: max |logit difference|"] == "0"
 
 
+def test_methods_with_a_schedule(example, model_folder, pairs_file):
+    results = run(example, model_folder, pairs_file, "--method", "sst,sct")
+
+    assert {result["reloaded: max |logit difference|"] for result in results.values()} == {"0"}
+    before = {name: result["held-out loss, before"] for name, result in results.items()}
+    assert before["sst"] != before["sct"]  # SCT starts from a truncation of the weights
+
+
 def test_labels_are_the_answer_and_its_end(example, model_folder):
     tokenizer = example.AutoTokenizer.from_pretrained(model_folder)
     row = example.encode(("Why?", "Because."), tokenizer, max_length=100)
@@ -120,7 +125,7 @@ def test_no_prompt_is_on_both_sides(example):
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        (["--method", "svfit,magic"], ValueError, "--method has no magic: choose out of svfit, pissa, lora"),
+        (["--method", "svfit,magic"], ValueError, "--method has no magic: choose out of svfit, pissa, sst, sct, lora"),
         (["--prompt-column", "question"], ValueError, "it has prompt, answer. Name its columns with --prompt-column"),
         (["--max-length", "8"], ValueError, "raise --max-length"),
         (["--dataset", "absent.jsonl"], FileNotFoundError, "give --dataset an existing file, or a Hub id"),
@@ -129,3 +134,76 @@ def test_no_prompt_is_on_both_sides(example):
 def test_wrong_flags_say_what_to_do(example, model_folder, pairs_file, flags, error, message):
     with pytest.raises(error, match=message):
         run(example, model_folder, pairs_file, *flags)
+
+
+# The other scripts, with their own stand-ins for models and data
+
+
+METHODS = ["svfit", "pissa", "sst", "sct", "lora"]
+SHORT = ["--max_steps", "3", "--logging_steps", "1", "--disable_tqdm", "True", "--r", "8"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_classifier_is_scored_and_reloads(method, tmp_path, capsys):
+    folder = str(tmp_path / "out")
+    scores = load("classify_text").main([*SHORT, "--method", method, "--output_dir", folder, "--eval_strategy", "no"])
+
+    assert 0 <= scores["eval_accuracy"] <= 1
+    assert 0 <= scores["eval_f1"] <= 1
+    trained, loaded = re.search(r"loss ([\d.]+) when trained, ([\d.]+) loaded", capsys.readouterr().out).groups()
+    assert trained == loaded
+    assert PeftConfig.from_pretrained(folder).peft_type.value.lower().removeprefix("spectral_") == method
+
+
+def test_a_folder_of_texts_is_classified(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        lines = [f"{word} {word},{kind}" for word, kind in (("up", "yes"), ("down", "no")) for _ in range(4)]
+        (folder / f"{split}.csv").write_text("\n".join(["sentence,answer", *lines]))
+    flags = [*SHORT, "--dataset", str(folder), "--output_dir", str(tmp_path / "out"), "--eval_strategy", "no"]
+
+    scores = load("classify_text").main([*flags, "--text_column", "sentence", "--label_column", "answer"])
+    assert 0 <= scores["eval_accuracy"] <= 1
+    with pytest.raises(ValueError, match=r"columns text and label .*got \{'train': \['sentence', 'answer'\]"):
+        load("classify_text").main(flags)
+
+
+def test_the_classifier_learns(tmp_path):
+    scores = load("classify_text").main(["--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    assert scores["eval_accuracy"] > 0.6  # 1/3 by chance
+
+
+def test_accuracy_and_macro_f1():
+    metric = load("classify_text").AccuracyAndF1(keep_in_memory=True)
+    scores = metric.compute(predictions=[0, 0, 1, 1], references=[0, 1, 1, 1])
+    assert scores == {"accuracy": 0.75, "f1": pytest.approx((2 / 3 + 4 / 5) / 2)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sft(method, tmp_path):
+    log = load("sft_trl").main([*SHORT, "--method", method, "--output_dir", str(tmp_path)])
+
+    assert log["step"] == 3
+    assert ("spectral/effective_rank" in log) == (method != "lora")
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_sft_reads_its_flags_from_a_file(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: pissa\nr: 4\nmax_steps: 1\nlogging_steps: 1\noutput_dir: {tmp_path / 'out'}\n")
+    load("sft_trl").main(["--config", str(recipe)])
+    assert PeftConfig.from_pretrained(tmp_path / "out").r == 4
+
+
+def test_pushed_and_loaded_by_its_id(tmp_path, monkeypatch):
+    with running_hub() as hub:
+        point_client_at(hub, str(tmp_path / "cache"), monkeypatch)
+        llama().push_to_hub("somebody/base")
+        repos = ["--repo", "somebody/adapter", "--lora-repo", "somebody/lora"]
+        differences = load("push_and_load").main([*repos, "--base", "somebody/base"])
+        lora = PeftConfig.from_pretrained("somebody/lora")
+
+    assert differences["somebody/adapter"] == 0
+    assert differences["somebody/lora"] < 1e-4
+    assert lora.peft_type == "LORA"

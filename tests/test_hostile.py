@@ -89,6 +89,9 @@ def test_the_watch_sees_what_is_forbidden(fuzzer: fuzz.Fuzzer, tmp_path: Path) -
     [
         ("rank_pattern", "q_proj", "`rank_pattern` should be of type"),
         ("rank_pattern", {"(": 8}, "'\\(' in `rank_pattern` is no regular expression"),
+        ("target_modules", "[", "'\\[' in `target_modules` is no regular expression"),
+        ("exclude_modules", "*", "'\\*' in `exclude_modules` is no regular expression"),
+        ("layers_pattern", ["x", "("], "'\\(' in `layers_pattern` is no regular expression"),
         ("rank_pattern", {"q_proj": -1}, "`r` should be"),
         ("dropout", "0.5", "`dropout` should be of type float"),
         ("save_start", "yes", "`save_start` should be of type bool"),
@@ -155,6 +158,19 @@ def test_a_pipe_does_not_wait_for_its_writer(adapter: Path) -> None:
 def test_a_factored_model_of_impossible_size(factored: Path, values: dict[str, Any]) -> None:
     edit(factored / "base" / "config.json", **values)
     with fuzz.bounded(fuzz.SECONDS, fuzz.BYTES), pytest.raises(SpectralError):
+        load_factored(factored)
+
+
+@pytest.mark.parametrize("peft_type", ["BF16", "LORA"])
+def test_a_factored_model_of_another_method(factored: Path, peft_type: str) -> None:
+    edit(factored / "adapter_config.json", peft_type=peft_type)
+    with pytest.raises(SpectralError, match=peft_type):
+        load_factored(factored)
+
+
+def test_a_factored_model_with_a_dense_tensor_of_another_shape(factored: Path) -> None:
+    edit(factored / "base" / "config.json", vocab_size=llama().config.vocab_size + 8)
+    with pytest.raises(SpectralError, match="does not fit"):
         load_factored(factored)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -216,6 +218,38 @@ def test_trainable_tokens_train_and_reload(method: Method, tmp_path: Path) -> No
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_are_merged_with_the_adapters(method: Method, tied: bool) -> None:
+    config = llama().config
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    tokens = batch().unique().tolist()[:3]
+    model = get_peft_model(copy.deepcopy(base), method(trainable_token_indices=tokens))
+    train_(model, method.lr)
+    expected, unloaded = logits(model), copy.deepcopy(model).unload()
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    for dense in (merged, unloaded):
+        assert {name: value.shape for name, value in dense.named_parameters()} == {
+            name: value.shape for name, value in base.named_parameters()
+        }
+        assert not any(isinstance(module, BaseTunerLayer) for module in dense.modules())
+    assert torch.equal(logits(unloaded), logits(base))
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    moved = (merged.model.embed_tokens.weight - base.model.embed_tokens.weight).abs().amax(1) > 1e-4
+    assert moved.nonzero().flatten().tolist() == tokens
+
+
+def test_tokens_of_an_adapted_embedding_are_refused(embedding_method: Method) -> None:
+    """By PEFT, for LoRA too; the model is given back as it was."""
+    model = llama()
+    before = str(model)
+    with pytest.raises(TypeError, match="trainable_token_indices cannot be applied"):
+        get_peft_model(model, embedding_method(target_modules=["embed_tokens"], trainable_token_indices=[1]))
+    assert str(model) == before
+
+
 # Ranks
 
 
@@ -293,3 +327,34 @@ def test_it_wraps_a_layer_of_another_peft_method(method: Method) -> None:
     model.add_adapter(method(target_modules=["q_proj"]), "spectral")
     model.set_adapter(["lora", "spectral"])
     assert torch.equal(logits(model), with_lora)
+
+
+def test_a_base_in_float64(method: Method) -> None:
+    model = get_peft_model(llama(torch.float64), method())
+    assert {value.dtype for update in updates(model) for value in update.parameters()} == {torch.float64}
+    before = logits(model)
+    train_(model, method.lr)
+    trained = logits(model)
+    assert not torch.allclose(trained, before)
+    torch.testing.assert_close(logits(model.merge_and_unload()), trained, rtol=1e-10, atol=1e-10)
+
+
+def tied() -> nn.Module:
+    config = llama().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_tied_head_has_an_adapter_of_its_own(method: Method) -> None:
+    """PEFT warns. What replaces the weight is untied by a merge; what adds to it would be merged into both."""
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model = get_peft_model(tied(), method(r=4, target_modules=["lm_head"]))
+    embedding = model.get_input_embeddings().weight.clone()
+    train_(model, method.lr)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    expected = logits(model)
+    with warnings.catch_warnings(record=True):
+        merged = model.merge_and_unload()
+    same = torch.allclose(logits(merged), expected, rtol=FUNCTION, atol=FUNCTION)
+    assert same == method.replaces, "the support matrix says otherwise"

@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from spectral_peft import SpectralError
+from spectral_peft import SpectralError, SpectralModel
+from spectral_peft.layer import SpectralLinear
 from tests.methods import SST, Method
 from tests.models import batch, gpt2, llama, logits
 
@@ -109,6 +110,16 @@ def test_disabled_adapters_stay_disabled(method: Method) -> None:
     model = two_adapters(llama(), method)
     with model.disable_adapter():
         assert torch.equal(model(input_ids=batch(), adapter_names=["one", "two"]).logits, logits(model))
+    model.merge_adapter(["one"])
+    with model.disable_adapter():
+        disabled = model(input_ids=batch(), adapter_names=["one", "two"]).logits
+    torch.testing.assert_close(disabled, logits(llama()), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_finds_the_names_by_which_it_looks_for_mixed_batches() -> None:
+    """Its script of capabilities does."""
+    assert hasattr(SpectralLinear, "_mixed_batch_forward")
+    assert hasattr(SpectralModel, "_enable_peft_forward_hooks")
 
 
 def test_what_cannot_be_mixed_is_refused(method: Method) -> None:

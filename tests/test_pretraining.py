@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.scripts import example
 
-@pytest.fixture
-def example() -> ModuleType:
-    file = Path(__file__).parent.parent / "examples" / "pretrain_from_scratch.py"
-    spec = importlib.util.spec_from_file_location("pretrain_from_scratch", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+main = example("pretrain_from_scratch").main
 
 
 @pytest.fixture
@@ -29,18 +23,24 @@ def arguments(tmp_path: Path) -> list[str]:
     return ["--text", str(text), *sizes.split()]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(example: ModuleType, arguments: list[str], tmp_path: Path) -> None:
+@pytest.fixture(params=["sst", "sct"])
+def method(request: pytest.FixtureRequest) -> list[str]:
+    return ["--method", request.param]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(arguments: list[str], method: list[str], tmp_path: Path) -> None:
     """Stopped in the middle of an iteration and of a warm-up; the schedule needs no callback."""
-    whole = example.main([*arguments, "--steps", "10", "--save-every", "7", "--output-dir", str(tmp_path / "whole")])
+    arguments = [*arguments, *method]
+    whole = main([*arguments, "--steps", "10", "--save-every", "7", "--output-dir", str(tmp_path / "whole")])
     folder = tmp_path / "stopped"
-    example.main([*arguments, "--steps", "10", "--save-every", "7", "--output-dir", str(folder)])
+    main([*arguments, "--steps", "10", "--save-every", "7", "--output-dir", str(folder)])
     shutil.rmtree(folder / "checkpoint-10")  # as if it had been killed before
-    resumed = example.main([*arguments, "--steps", "10", "--resume", "--output-dir", str(folder)])
+    resumed = main([*arguments, "--steps", "10", "--resume", "--output-dir", str(folder)])
     assert resumed == whole
     models = [AutoModelForCausalLM.from_pretrained(path / "merged") for path in (tmp_path / "whole", folder)]
     for value, other in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(value, other)
 
 
-def test_it_learns(example: ModuleType, arguments: list[str], tmp_path: Path) -> None:
-    assert example.main([*arguments, "--steps", "150", "--output-dir", str(tmp_path / "out")]) < 3.5
+def test_it_learns(arguments: list[str], method: list[str], tmp_path: Path) -> None:
+    assert main([*arguments, *method, "--steps", "150", "--output-dir", str(tmp_path / "out")]) < 3.5

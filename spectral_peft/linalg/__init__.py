@@ -17,6 +17,7 @@ from spectral_peft.linalg.stiefel import (
 from spectral_peft.linalg.svd import (
     ALGORITHMS,
     canonical_signs,
+    completed,
     randomized_svd,
     singular_values,
     svd,
@@ -33,6 +34,7 @@ __all__ = [
     "allocate_ranks",
     "canonical_signs",
     "cholesky_qr_retraction",
+    "completed",
     "effective_rank",
     "energy_rank",
     "noise_rank",

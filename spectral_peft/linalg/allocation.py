@@ -31,6 +31,13 @@ def allocate_ranks(
     dense. That leaves out nothing, a jump that the order does not look ahead to: it would leave whole matrices dense,
     and others with one triplet, wherever spectra are flat.
 
+    Args:
+        spectra: The singular values of each matrix.
+        shapes: (m, n) of each matrix.
+        budget: How many numbers the factors may hold together.
+        power: The exponent p.
+        comparable: Whether the spectra are in the same unit.
+
     Returns:
         The rank of each matrix, at least 1; None where it is to stay dense.
 

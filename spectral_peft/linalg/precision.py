@@ -52,7 +52,9 @@ def factorizing(A: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread_if_small(A: Tensor) -> Iterator[None]:
+def one_thread_if_small(
+    A: Tensor,  # shape: any
+) -> Iterator[None]:
     """Inside, operations run on one thread if `A` is on the CPU and has at most `SMALL` entries.
 
     LAPACK opens many short parallel regions. Where a process gets less CPU time than it sees cores (containers, busy

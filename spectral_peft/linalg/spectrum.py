@@ -46,6 +46,10 @@ def noise_rank(
     Those of a matrix of independent entries of variance s^2 fill the interval s sqrt(n) sqrt(x), x from the law of
     Marchenko & Pastur (1967) with ratio b = m / n <= 1, whose upper end is s (sqrt(n) + sqrt(m)). s is taken from the
     median singular value (Gavish & Donoho, 2014, section III.E), so that a few large values do not raise the edge.
+
+    Args:
+        S: All singular values of the matrix.
+        shape: (m, n), in any order.
     """
     m, n = sorted(shape)
     scale = float(S.double().median()) / math.sqrt(_marchenko_pastur_median(m / n))

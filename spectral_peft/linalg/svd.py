@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spectral_peft.linalg.drivers import Factors, NotConverged, decompose
 from spectral_peft.linalg.precision import factorizing, working_copy
@@ -51,6 +52,20 @@ def svd_of_product(
         (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
         core = svd(R_left @ R_right.mT)
         return _finished(Factors(Q_left @ core.U, core.S, core.Vh @ Q_right.mT))
+
+
+def completed(factors: Factors, k: int) -> Factors:
+    """The same matrix in `k` triplets, at most min(m, n): those of `factors`, and others of singular value 0."""
+    missing = k - len(factors.S)
+    if missing <= 0:
+        return factors
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(X: Tensor) -> Tensor:  # shape: (m, s) -> (m, k)
+        random = torch.randn(len(X), missing, generator=generator).to(X)
+        return torch.cat([X, torch.linalg.qr(torch.cat([X, random], dim=1)).Q[:, -missing:]], dim=1)
+
+    return Factors(filled(factors.U), F.pad(factors.S, (0, missing)), filled(factors.Vh.mT).mT)
 
 
 def singular_values(

@@ -87,6 +87,7 @@ class PiSSAConfig(SpectralConfig):
     """
 
     method: ClassVar[str] = "pissa"
+    function_fields: ClassVar[tuple[str, ...]] = ("alpha",)
     paper: ClassVar[str] = (
         "Fanxu Meng, Zhaohui Wang and Muhan Zhang, *PiSSA: Principal Singular Values and Singular Vectors Adaptation "
         "of Large Language Models*, [arXiv 2404.02948](https://arxiv.org/abs/2404.02948), 2024"

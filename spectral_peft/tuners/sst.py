@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import Factors, same_matrix, sketch, svd_of_product
+from spectral_peft.linalg import Factors, completed, same_matrix, sketch, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
@@ -279,6 +279,12 @@ class PooledSST(SST):
         self.S0.weight.copy_(S)
         self.Vh0.weight.copy_(Vh)
 
+    @torch.no_grad()
+    def take_change_(self, change: Factors) -> None:
+        """The pool is that of the change, with triplets of singular value 0 as far as there are fewer; S0 is 0."""
+        self.start_(completed(change, len(self.S.weight)))
+        self.S0.weight.zero_()
+
     def start_factors(self) -> Factors:
         """The triplets of the start, rounded as those of now are: they cancel exactly."""
         dtype, S0 = self.U.weight.dtype, self.S0.weight.to(torch.promote_types(self.S0.weight.dtype, torch.float32))
@@ -370,6 +376,13 @@ class SSTConfig(SpectralConfig):
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         factors = super().decompose(weight, self._triplets(*weight.shape), key)
         return _scrambled(factors) if self.init == "random" else factors
+
+    def for_changes(self, triplets: int) -> SSTConfig:
+        """With the triplets of the change as its pool."""
+        return replace(self, pool=triplets, r=min(self.r, triplets) if isinstance(self.r, int) else self.r)
+
+    def rank_for_change(self, triplets: int, r: int) -> int:
+        return min(r, triplets)
 
     def build(self, size: Size) -> SST:
         k = self._triplets(size.out_features, size.in_features)

@@ -125,7 +125,7 @@ def test_the_base_weight_is_freed_and_named_where_it_is_needed(tmp_path: Path) -
     with pytest.raises(SpectralError, match="keep_base_weight=True"):
         export_lora(model, tmp_path, rank=4)
     expected = logits(model)
-    merged = model.merge_and_unload()
+    merged = model.merge_and_unload(safe_merge=True)  # looks at all layers first, and needs no base weight for that
     rounding = tolerance(torch.float32, 32)
     torch.testing.assert_close(logits(merged), expected, rtol=rounding, atol=rounding)
 
