@@ -153,8 +153,11 @@ def test_a_model_that_was_not_kept(tmp_path: Path) -> None:
         pretraining.kept_models("full/*", tmp_path)
 
 
-def test_a_text_is_needed_and_long_enough(arguments: argparse.Namespace, tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="name a file with --data"):
-        pretraining.run(tiny("full"), 1e-2, 0, argparse.Namespace(data=None, cache=tmp_path))
+def test_there_is_a_text_without_a_file(tmp_path: Path) -> None:
+    train, held_out = pretraining.split(None, 512, 64, tmp_path)
+    assert len(train) > held_out.numel() == 256 * 64
+
+
+def test_a_text_that_is_too_short(arguments: argparse.Namespace) -> None:
     with pytest.raises(ExperimentError, match=r"has [\d,]+ tokens; at least 131,072 are needed"):
         pretraining.run(tiny("full", length=256), 1e-2, 0, arguments)

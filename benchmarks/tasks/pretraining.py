@@ -24,7 +24,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.data import described, read_text
+from benchmarks.data import described, language_reference, read_text
 from benchmarks.experiment import DivergenceError, Experiment, ExperimentError
 from benchmarks.training import Cost, device
 from spectral_peft import SpectralError
@@ -36,10 +36,9 @@ HELD_OUT = 256
 
 
 def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One training on the text of --data, plain or .gz.
+    """One training on the text of --data, plain or .gz, or on Python's language reference, which is short.
 
     Raises:
-        ExperimentError: there is no --data.
         DivergenceError: a factor of a spectral method is not finite.
     """
     settings, cost = experiment.training, Cost()
@@ -105,20 +104,18 @@ def split(text: Path | None, vocabulary: int, length: int, cache: Path) -> tuple
     Raises:
         ExperimentError: there is no such file, or it is too short.
     """
-    if text is None:
-        raise ExperimentError("Pre-training has no text of its own: name a file with --data.")
     data, end = tokens(text, vocabulary, cache), HELD_OUT * length
     if len(data) < 2 * end:
         raise ExperimentError(f"{text} has {len(data):,} tokens; at least {2 * end:,} are needed.")
     return data[:-end], torch.from_numpy(data[-end:].astype(np.int64)).reshape(HELD_OUT, length)
 
 
-def tokens(text: Path, vocabulary: int, cache: Path) -> np.ndarray:
+def tokens(text: Path | None, vocabulary: int, cache: Path) -> np.ndarray:
     """The text as numbers, by a byte-level BPE of its own."""
     digest = hashlib.sha256(f"{described(text)} {vocabulary}".encode()).hexdigest()[:12]
     file = cache / f"tokens-{digest}.npy"
     if not file.exists():
-        content = read_text(text)
+        content = read_text(text) if text else language_reference()
         bpe = ByteLevelBPETokenizer()
         lines = content.splitlines(keepends=True)
         bpe.train_from_iterator(lines[:: max(1, len(lines) // 100_000)], vocab_size=vocabulary, show_progress=False)
