@@ -16,9 +16,16 @@ from spectral_peft import SpectralConfig, SpectralUpdate
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.model import SpectralModel
 from tests.peft_suites.harness import METHODS, peft_tests
-from tests.peft_suites.inapplicable import ABOUT_LORA, FROZEN_STARTS_EXEMPT, GUARDED_FOR_LORA, INAPPLICABLE
+from tests.peft_suites.inapplicable import FROZEN_STARTS_EXEMPT, GUARDED_FOR_LORA, INAPPLICABLE
 from tests.peft_suites.models import save_models
-from tests.peft_suites.translation import globals_of, in_place_of_lora, is_written_for_lora, translated
+from tests.peft_suites.translation import (
+    flat,
+    globals_of,
+    in_names_of,
+    in_place_of_lora,
+    is_written_for_lora,
+    translated,
+)
 
 
 SUITES = Path(__file__).parent
@@ -45,7 +52,8 @@ def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """In a test that is written for LoRA: the method that takes its place."""
     if not hasattr(request, "param"):
         return
-    names = globals_of(request.function)
+    names, test = globals_of(request.function), getattr(request.function, "__func__", request.function)
+    monkeypatch.setattr(test, "__code__", in_names_of(request.param, test.__code__))
     monkeypatch.setitem(names, "LoraConfig", in_place_of_lora(request.param))
     if "LoraLayer" in names:
         monkeypatch.setitem(names, "LoraLayer", SpectralLinear)
@@ -99,7 +107,7 @@ def is_ours(item: pytest.Item) -> bool:
     method = parameters.get("instead_of_lora")
     if method:
         parameters.update({name: translated(value, method) for name, value in parameters.items()})
-    kinds = {value if isinstance(value, type) else type(value) for value in parameters.values()}
+    kinds = {value if isinstance(value, type) else type(value) for value in flat(list(parameters.values()))}
     configs = {kind for kind in kinds if issubclass(kind, PeftConfig)}
     return all(issubclass(kind, SpectralConfig) for kind in configs) and bool(method or configs)
 
@@ -115,9 +123,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for pattern, reason in INAPPLICABLE.get(suite, {}).items():
             for item in matching(pattern, own, config):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-        for pattern, reason in ABOUT_LORA.get(suite, {}).items():
-            for item in matching(pattern, own, config):
-                item.add_marker(pytest.mark.skip(reason=reason))
         use("frozen_starts_exempt", FROZEN_STARTS_EXEMPT.get(suite, ()), own, config)
         use("taken_for_lora", GUARDED_FOR_LORA.get(suite, ()), own, config)
 

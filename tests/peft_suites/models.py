@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
@@ -17,6 +18,7 @@ from transformers import (
     BloomConfig,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    ConvNextImageProcessor,
     DebertaConfig,
     DebertaV2Config,
     Gemma3TextConfig,
@@ -27,6 +29,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     Qwen2Config,
+    ResNetConfig,
     RobertaConfig,
     T5Config,
 )
@@ -43,6 +46,7 @@ SIZES = {
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 1024}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 
+RESNET = "peft-internal-testing/tiny-random-ResNetForImageClassification"
 MODELS: dict[str, tuple[type, PretrainedConfig]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (
         AutoModelForCausalLM,
@@ -76,6 +80,10 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         AutoModelForSeq2SeqLM,
         T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
     ),
+    "google/flan-t5-small": (
+        AutoModelForSeq2SeqLM,
+        T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
+    ),
     "peft-internal-testing/tiny-clip-text-2": (CLIPTextModelWithProjection, CLIPTextConfig(**SIZES)),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         AutoModelForSeq2SeqLM,
@@ -104,6 +112,10 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         AutoModelForSequenceClassification,
         RobertaConfig(**SIZES),
     ),
+    RESNET: (
+        AutoModelForImageClassification,
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3),
+    ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         AutoModelForSequenceClassification,
         LlamaConfig(**GROUPED, pad_token_id=0),
@@ -125,6 +137,7 @@ def save_models(cache: Path) -> None:
         for revision in ("main", *REVISIONS.get(name, ())):
             torch.manual_seed(0 if revision == "main" else 1)
             build(config).save_pretrained(snapshot(cache, name, revision))
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(snapshot(cache, RESNET, "main"))
     LoraConfig().save_pretrained(snapshot(cache, LORA, LORA_REVISION))
 
 
