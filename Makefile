@@ -57,16 +57,18 @@ oldest: .venv/oldest-peft
 fuzz: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz 100000
 
-peft-tests: .venv/peft-tests
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/.venv/peft-tests $(BIN)/pytest -n 2 -q -W ignore -o python_files='suite_*.py' tests/peft_suites
+PEFT_TESTS := .venv/peft-tests
+
+peft-tests: $(PEFT_TESTS)/peft_tests/__init__.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(PEFT_TESTS) $(BIN)/pytest -n 2 -q -W ignore -o python_files='suite_*.py' tests/peft_suites
 
 # The wheel has no tests; the source distribution of the locked version has them.
-.venv/peft-tests: .venv/installed
-	rm -rf $@
-	$(BIN)/pip download --quiet --no-deps --no-binary peft --dest $@ "$$(grep ^peft== requirements.lock)"
-	tar -xzf $@/peft-*.tar.gz -C $@ --strip-components 1
-	mv $@/tests $@/peft_tests
-	touch $@/peft_tests/__init__.py
+$(PEFT_TESTS)/peft_tests/__init__.py: .venv/installed
+	rm -rf $(PEFT_TESTS)
+	$(BIN)/pip download --quiet --no-deps --no-binary peft --dest $(PEFT_TESTS) "$$(grep ^peft== requirements.lock)"
+	tar -xzf $(PEFT_TESTS)/peft-*.tar.gz -C $(PEFT_TESTS) --strip-components 1
+	mv $(PEFT_TESTS)/tests $(PEFT_TESTS)/peft_tests
+	touch $@
 
 # One process with one thread for each task: the runs are small.
 BENCH_TASKS := causal classification pretraining

@@ -76,7 +76,8 @@ def _with_part(text: str, part: str) -> str:
 
 def loading_code(config: Any, source: str, subfolder: str | None = None) -> str:
     """Python code that loads an adapter of `config` from `source`, a folder or a Hub id."""
-    needed = f"import spectral_peft  # needed, or PEFT raises KeyError: '{config.peft_type.value}'"
+    # The type may have been set to a plain string.
+    needed = f"import spectral_peft  # needed, or PEFT raises KeyError: {config.peft_type!r}"
     if base_id(config) is None or subfolder:  # PEFT's Auto classes would look for the base in the subfolder too
         where = f', subfolder="{subfolder}"' if subfolder else ""
         base = base_id(config) or "the model that the adapter was trained on"

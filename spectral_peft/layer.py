@@ -88,7 +88,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 "replaces the base weight would silence. Merge or unload the other one first."
             )
         awaits_checkpoint = config.from_checkpoint and config.save_start
-        if not (awaits_checkpoint or update.is_meta):
+        if update.is_meta:
+            update.to("meta")  # PEFT puts the parameters alone there
+        elif not awaits_checkpoint:
             self.start_(update, config)
         if container not in self.adapter_layer_names:
             self.add_module(container, nn.ModuleDict())

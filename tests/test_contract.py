@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from spectral_peft import SpectralError
 from spectral_peft.linalg import orthonormality_error
@@ -227,6 +234,42 @@ def test_a_trained_adapter_reloads_to_the_same_function(
     assert torch.equal(logits(reloaded), logits(model))
     saved = get_peft_model_state_dict(model)
     assert all(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(reloaded).items())
+
+
+def test_the_status_of_the_model_counts_what_trains(method: Method) -> None:
+    model = get_peft_model(llama(), method())
+    status, found = model.get_model_status(), list(updates(model))
+    trained = sum(value.numel() for update in found for _, value in update.trained_parameters())
+    started = sum(value.numel() for update in found for _, value in update.frozen())
+    assert status.trainable_params == trained > 0
+    assert status.total_params == trained + started + sum(value.numel() for value in llama().parameters())
+    assert status.num_adapter_layers == len(found)
+    assert status.peft_types == {"default": f"SPECTRAL_{method.config.method.upper()}"}
+
+
+def test_nothing_of_an_adapter_has_data_before_it_is_loaded(method: Method) -> None:
+    trained = inject_adapter_in_model(method(), llama())
+    train_(trained, method.lr)
+    model = inject_adapter_in_model(method(), llama(), low_cpu_mem_usage=True)
+    assert {value.device.type for value in get_peft_model_state_dict(model).values()} == {"meta"}
+    set_peft_model_state_dict(model, get_peft_model_state_dict(trained), low_cpu_mem_usage=True)
+    assert torch.equal(logits(model), logits(trained))
+
+
+def test_an_adapter_loads_where_transformers_renames_keys(method: Method) -> None:
+    """It takes `text_model` out of the names of a CLIPTextModel, and puts it back for one with a projection."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    first, second = (
+        inject_adapter_in_model(
+            method(target_modules=["q_proj"], check_base=False), CLIPTextModelWithProjection(CLIPTextConfig(**sizes))
+        )
+        for _ in range(2)
+    )
+    state_dict = get_peft_model_state_dict(first)
+    result = set_peft_model_state_dict(second, state_dict)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "spectral" in key]
+    assert all(torch.equal(value, state_dict[key]) for key, value in get_peft_model_state_dict(second).items())
 
 
 @both_saves

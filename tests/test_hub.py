@@ -150,6 +150,16 @@ def test_a_local_base_is_not_published(hub: Hub, tmp_path: Path) -> None:
     assert "PeftModel.from_pretrained(base" in card(hub).text
 
 
+def test_the_card_where_the_type_is_a_plain_string(tmp_path: Path) -> None:
+    config = SVFitConfig(r=8, target_modules="all-linear")
+    config.peft_type = "SPECTRAL_SVFIT"
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    assert (
+        "import spectral_peft  # needed, or PEFT raises KeyError: 'SPECTRAL_SVFIT'\n"
+        in (tmp_path / "README.md").read_text()
+    )
+
+
 def test_what_somebody_wrote_is_kept(base: Any, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     model = get_peft_model(base, SVFitConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))

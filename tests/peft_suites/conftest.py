@@ -15,10 +15,17 @@ from torch import nn
 from spectral_peft import SpectralConfig, SpectralUpdate
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.model import SpectralModel
-from tests.peft_suites.harness import METHODS
-from tests.peft_suites.inapplicable import ABOUT_LORA, FROZEN_STARTS_EXEMPT, INAPPLICABLE
+from tests.peft_suites.harness import METHODS, peft_tests
+from tests.peft_suites.inapplicable import FROZEN_STARTS_EXEMPT, GUARDED_FOR_LORA, INAPPLICABLE
 from tests.peft_suites.models import save_models
-from tests.peft_suites.translation import globals_of, in_place_of_lora, is_written_for_lora, translated
+from tests.peft_suites.translation import (
+    flat,
+    globals_of,
+    in_names_of,
+    in_place_of_lora,
+    is_written_for_lora,
+    translated,
+)
 
 
 SUITES = Path(__file__).parent
@@ -45,7 +52,8 @@ def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """In a test that is written for LoRA: the method that takes its place."""
     if not hasattr(request, "param"):
         return
-    names = globals_of(request.function)
+    names, test = globals_of(request.function), getattr(request.function, "__func__", request.function)
+    monkeypatch.setattr(test, "__code__", in_names_of(request.param, test.__code__))
     monkeypatch.setitem(names, "LoraConfig", in_place_of_lora(request.param))
     if "LoraLayer" in names:
         monkeypatch.setitem(names, "LoraLayer", SpectralLinear)
@@ -60,6 +68,13 @@ def instead_of_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
             pytest.skip(f"a layer that neither OSF nor PSOFT adapts: {error}")
 
     monkeypatch.setattr(SpectralModel, "_create_and_replace", skipping)
+
+
+@pytest.fixture
+def taken_for_lora(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test's config pass where PEFT asks whether its class is LoRA's, and skips the test if not."""
+    for names in (globals_of(request.function), vars(peft_tests("testing_common"))):
+        monkeypatch.setitem(names, "LoraConfig", request.node.callspec.params["config_cls"])
 
 
 @pytest.fixture
@@ -92,7 +107,7 @@ def is_ours(item: pytest.Item) -> bool:
     method = parameters.get("instead_of_lora")
     if method:
         parameters.update({name: translated(value, method) for name, value in parameters.items()})
-    kinds = {value if isinstance(value, type) else type(value) for value in parameters.values()}
+    kinds = {value if isinstance(value, type) else type(value) for value in flat(list(parameters.values()))}
     configs = {kind for kind in kinds if issubclass(kind, PeftConfig)}
     return all(issubclass(kind, SpectralConfig) for kind in configs) and bool(method or configs)
 
@@ -108,12 +123,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for pattern, reason in INAPPLICABLE.get(suite, {}).items():
             for item in matching(pattern, own, config):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-        for pattern, reason in ABOUT_LORA.get(suite, {}).items():
-            for item in matching(pattern, own, config):
-                item.add_marker(pytest.mark.skip(reason=reason))
-        for pattern in FROZEN_STARTS_EXEMPT.get(suite, ()):
-            for item in matching(pattern, own, config):
-                item.fixturenames.append("frozen_starts_exempt")
+        use("frozen_starts_exempt", FROZEN_STARTS_EXEMPT.get(suite, ()), own, config)
+        use("taken_for_lora", GUARDED_FOR_LORA.get(suite, ()), own, config)
+
+
+def use(fixture: str, patterns: tuple[str, ...], items: list[pytest.Item], config: pytest.Config) -> None:
+    """Has the tests whose id fits one of the patterns use a fixture."""
+    for pattern in patterns:
+        for item in matching(pattern, items, config):
+            item.fixturenames.append(fixture)
 
 
 def matching(pattern: str, items: list[pytest.Item], config: pytest.Config) -> list[pytest.Item]:

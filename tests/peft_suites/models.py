@@ -9,13 +9,16 @@ from peft import LoraConfig
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    BertForPreTraining,
     BloomConfig,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    ConvNextImageProcessor,
     DebertaConfig,
     DebertaV2Config,
     Gemma3TextConfig,
@@ -26,6 +29,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     Qwen2Config,
+    ResNetConfig,
     RobertaConfig,
     T5Config,
 )
@@ -42,6 +46,7 @@ SIZES = {
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 1024}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 
+RESNET = "peft-internal-testing/tiny-random-ResNetForImageClassification"
 MODELS: dict[str, tuple[type, PretrainedConfig]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (
         AutoModelForCausalLM,
@@ -57,6 +62,7 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         BloomConfig(hidden_size=16, n_layer=5, n_head=4, vocab_size=1024),
     ),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (AutoModelForCausalLM, GPTNeoXConfig(**SIZES)),
+    "gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "hf-internal-testing/tiny-random-gpt2": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (AutoModelForCausalLM, GPTJConfig(**GPT, rotary_dim=4)),
@@ -71,6 +77,10 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
         T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
     ),
     "peft-internal-testing/tiny-random-t5": (
+        AutoModelForSeq2SeqLM,
+        T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
+    ),
+    "google/flan-t5-small": (
         AutoModelForSeq2SeqLM,
         T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=1024, decoder_start_token_id=0),
     ),
@@ -89,10 +99,11 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
             max_position_embeddings=64,
         ),
     ),
-    "peft-internal-testing/tiny-random-BertModel": (AutoModel, BertConfig(**SIZES)),
+    "peft-internal-testing/tiny-random-BertModel": (BertForPreTraining, BertConfig(**SIZES)),
     "peft-internal-testing/tiny-random-RobertaModel": (AutoModel, RobertaConfig(**SIZES)),
     "peft-internal-testing/tiny-random-DebertaModel": (AutoModel, DebertaConfig(**SIZES)),
     "peft-internal-testing/tiny-random-DebertaV2Model": (AutoModel, DebertaV2Config(**SIZES)),
+    "bert-base-uncased": (AutoModelForSequenceClassification, BertConfig(**SIZES)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         AutoModelForSequenceClassification,
         BertConfig(**SIZES),
@@ -100,6 +111,14 @@ MODELS: dict[str, tuple[type, PretrainedConfig]] = {
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
         AutoModelForSequenceClassification,
         RobertaConfig(**SIZES),
+    ),
+    RESNET: (
+        AutoModelForImageClassification,
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3),
+    ),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        AutoModelForSequenceClassification,
+        LlamaConfig(**GROUPED, pad_token_id=0),
     ),
 }
 
@@ -118,6 +137,7 @@ def save_models(cache: Path) -> None:
         for revision in ("main", *REVISIONS.get(name, ())):
             torch.manual_seed(0 if revision == "main" else 1)
             build(config).save_pretrained(snapshot(cache, name, revision))
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(snapshot(cache, RESNET, "main"))
     LoraConfig().save_pretrained(snapshot(cache, LORA, LORA_REVISION))
 
 

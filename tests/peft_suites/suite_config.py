@@ -1,5 +1,12 @@
 """PEFT's test_config.py: what every config class can do."""
 
+import shutil
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import peft.config
 import pytest
 
 from spectral_peft import PiSSAConfig, SCTConfig, SSTConfig, SVFitConfig
@@ -21,3 +28,17 @@ for test in vars(theirs.TestPeftConfig).values():
         test.pytestmark = [with_our_classes(mark) for mark in test.pytestmark]
 
 from peft_tests.test_config import *  # noqa: E402, F403
+
+
+class TestPeftConfig(theirs.TestPeftConfig):
+    @pytest.fixture(autouse=True)
+    def _downloads_into_other_caches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        @wraps(huggingface_hub.hf_hub_download)  # PEFT asks for its parameters
+        def download(name: str, file: str, cache_dir: str | None = None, **kwargs: Any) -> str:
+            if cache_dir:
+                folder = f"models--{name.replace('/', '--')}"
+                here = Path(huggingface_hub.constants.HF_HUB_CACHE)
+                shutil.copytree(here / folder, Path(cache_dir) / folder, dirs_exist_ok=True)
+            return huggingface_hub.hf_hub_download(name, file, cache_dir=cache_dir, **kwargs)
+
+        monkeypatch.setattr(peft.config, "hf_hub_download", download)

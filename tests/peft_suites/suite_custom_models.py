@@ -1,5 +1,11 @@
 """PEFT's test_custom_models.py: small models of nn.Linear, Conv1D and nn.Embedding."""
 
+import re
+
+import pytest
+from torch import nn
+
+from spectral_peft.layer import SpectralLinear
 from tests.peft_suites.harness import METHODS, peft_tests, rows, unchecked
 
 
@@ -40,3 +46,40 @@ theirs.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
 ]
 
 from peft_tests.test_custom_models import *  # noqa: E402, F403
+
+
+@pytest.mark.usefixtures("lora_A")
+class TestMultiRankAdapter(theirs.TestMultiRankAdapter):
+    """With `lora_A`."""
+
+
+@pytest.mark.usefixtures("lora_A")
+class TestRequiresGrad(theirs.TestRequiresGrad):
+    """With what the methods train in the place of LoRA's two matrices."""
+
+    def check_requires_grad(self, model: nn.Module, *params_expected: str) -> None:
+        super().check_requires_grad(model, *(name for lora in params_expected for name in in_place_of(lora, model)))
+
+
+def in_place_of(name: str, model: nn.Module) -> list[str]:
+    """The parameters that an adapter trains on the layer where LoRA has a matrix of this name; other names as such."""
+    matrix = re.fullmatch(r"(.*)\.(?:spectral_\w+_update|lora_embedding_[AB])\.(\w+)(?:\.weight)?", name)
+    if matrix is None:
+        return [name]
+    layer, adapter = matrix.groups()
+    trained = {id(value) for _, value in model.get_submodule(layer).update_of(adapter).trained_parameters()}
+    return [name for name, value in model.named_parameters() if id(value) in trained]
+
+
+@pytest.fixture
+def lora_A(monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: N802
+    """LoRA's name for a trained matrix with a row for each rank."""
+
+    def by_adapter(layer: SpectralLinear) -> dict[str, nn.Module]:
+        updates = {name: layer.update_of(name) for name in layer.configs}
+        return {
+            name: next(child for child in map(update.get_submodule, update.trained) if len(child.weight) == update.r)
+            for name, update in updates.items()
+        }
+
+    monkeypatch.setattr(SpectralLinear, "lora_A", property(by_adapter), raising=False)

@@ -6,6 +6,7 @@ Each of them runs once for every method, with a class of configs in the place of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import peft
 import pytest
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from spectral_peft import SpectralConfig
 from tests.peft_suites.harness import METHODS
@@ -22,6 +24,8 @@ from tests.peft_suites.harness import METHODS
 # The rank is that of the table: one that the smallest weights have. Updates have no scaling. The base weight is not
 # checked: some of these tests build the base model anew, with other random weights.
 RENAMED = {"init_lora_weights": "init_weights", "lora_dropout": "dropout"}
+# What tests look for in the names of parameters; and a device that one of them means for any.
+PARTS = {"lora": "spectral", "lora_": "spectral_", "cuda": "cpu"}
 WITHOUT_EQUIVALENT = {"r", "lora_alpha", "alpha_pattern", "use_rslora"}
 COMMON = {field.name for config in (peft.OSFConfig, peft.PsoftConfig) for field in fields(config)}
 
@@ -68,12 +72,38 @@ def translated(value: Any, method: str) -> Any:
     return value
 
 
+def in_names_of(method: str, code: CodeType) -> CodeType:
+    """The code of a test whose strings name the classes, containers and type of the method instead of LoRA's."""
+    config_cls, given = METHODS[method]
+    config = config_cls(**given)
+    names = {
+        "lora_A": config.container,
+        "lora_B": config.container,
+        "lora.Linear": "SpectralLinear",
+        "peft.tuners.lora.layer.": "spectral_peft.layer.Spectral",
+        "LoraModel": PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__,
+        "LORA": config.peft_type.value,
+    }
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in names)
+
+    def renamed(constant: Any) -> Any:
+        if isinstance(constant, str):
+            if constant in PARTS:
+                return PARTS[constant]
+            return re.sub(pattern, lambda found: names[found[0]], constant)
+        if isinstance(constant, tuple):
+            return tuple(map(renamed, constant))
+        return in_names_of(method, constant) if isinstance(constant, CodeType) else constant
+
+    return code.replace(co_consts=tuple(map(renamed, code.co_consts)))
+
+
 def is_written_for_lora(metafunc: pytest.Metafunc) -> bool:
     """Whether a test uses `LoraConfig`: itself, in a parameter, or in a fixture or helper of its module.
 
     Those that go through the configs of all methods are not, although they name LoRA where it is an exception.
     """
-    parameters = [value for mark in metafunc.definition.iter_markers("parametrize") for value in _flat(mark.args[1])]
+    parameters = [value for mark in metafunc.definition.iter_markers("parametrize") for value in flat(mark.args[1])]
     if any(isinstance(value, type) and issubclass(value, SpectralConfig) for value in parameters):
         return False
     fixtures = [definition.func for found in metafunc._arg2fixturedefs.values() for definition in found]
@@ -84,10 +114,11 @@ def is_written_for_lora(metafunc: pytest.Metafunc) -> bool:
     )
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
+    """The entries of nested lists and tuples, or the value itself."""
     if isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _flat(entry)
+            yield from flat(entry)
     else:
         yield value
 
