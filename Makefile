@@ -71,9 +71,11 @@ $(PEFT_TESTS)/peft_tests/__init__.py: .venv/installed
 	touch $@
 
 # One process with one thread for each task: the runs are small.
-BENCH_TASKS := causal classification
+BENCH_TASKS := causal classification pretraining
 BENCH = TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.run
 BENCH_DATA = $(if $(DATA),--data $(DATA)) $(if $(TEXT),--other $(TEXT))
+%-pretraining: BENCH_DATA = $(if $(TEXT),--data $(TEXT))
+quick-pretraining: BENCH_DATA += --only 'full,lora-r4,relora-r4,galore-r4-scale0.25,sst-r4,sct-r16'
 
 bench-quick: .venv/installed
 	$(MAKE) --jobs 2 $(BENCH_TASKS:%=quick-%)

@@ -93,9 +93,14 @@ def paragraphs(text: str, least: int = 200) -> list[str]:
     return [block for block in blocks if len(block) >= least]
 
 
+def language_reference() -> str:
+    """The text that there is when no file is named: Python's language reference, as `help()` shows it."""
+    return "\n\n".join(text for _, text in sorted(topics.items()))
+
+
 def other_texts(file: Path | None, count: int) -> list[str]:
     """`count` paragraphs that nothing trains on, evenly out of a text file, or out of Python's language reference."""
-    found = paragraphs(read_text(file) if file else "\n\n".join(text for _, text in sorted(topics.items())))
+    found = paragraphs(read_text(file) if file else language_reference())
     found = [text for text in found if "::=" not in text]  # a grammar, as in that reference, is no text
     if len(found) < count:
         raise ExperimentError(f"{file} has {len(found)} paragraphs of 200 characters; {count} are needed.")

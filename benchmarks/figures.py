@@ -62,9 +62,10 @@ def method_of(experiment: str) -> str:
 
 
 def label_of(experiment: str) -> str:
-    """The name of the method and what the name of the experiment says besides."""
+    """The name of the method and what the name of the experiment says besides; steps are in the titles."""
     method = method_of(experiment)
-    return f"{NAMES.get(method, method)}{experiment.removeprefix(method).replace('-', ' ')}"
+    besides = re.sub(r"-\d+steps", "", experiment.removeprefix(method)).replace("-", ", ")
+    return NAMES.get(method, method) + re.sub(r"([a-z]{2})(\d)", r"\1 \2", besides)
 
 
 def colour_of(experiment: str, style: Style) -> str:

@@ -4,9 +4,9 @@
     python -m benchmarks.metamathqa --peft peft                     # all of benchmarks/metamathqa/experiments
     python -m benchmarks.metamathqa --peft peft --only 'spectral_pissa/*'
 
-All that is added to PEFT's `run.py` is the import that registers the methods. It needs PEFT as an editable checkout,
-since it asks git for the branch, and writes its results there, next to those of PEFT's methods. What has a result is
-not run again.
+PEFT's `run.py` is run by `python -m spectral_peft`, which registers the methods. It needs PEFT as an editable
+checkout, since it asks git for the branch, and writes its results there, next to those of PEFT's methods. What has a
+result is not run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 
 
 EXPERIMENTS = Path(__file__).parent / "metamathqa" / "experiments"
-WITH_OUR_METHODS = "import runpy, spectral_peft; runpy.run_path('run.py', run_name='__main__')"
 
 
 def has_result(harness: Path, experiment: Path) -> bool:
@@ -42,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"{experiment.parent.name}/{experiment.name}"
         if fnmatchcase(name, arguments.only) and not has_result(harness, experiment):
             print(name, flush=True)
-            subprocess.run([sys.executable, "-c", WITH_OUR_METHODS, "-v", str(experiment)], cwd=harness, check=True)
+            command = [sys.executable, "-m", "spectral_peft", "run.py", "-v", str(experiment)]
+            subprocess.run(command, cwd=harness, check=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from benchmarks.experiment import (
 from benchmarks.table import table
 
 
+SWEPT = ("learning_rate", "seeds")  # one result has one of each, and stays what it is when a grid grows
 OUT = Path("benchmark-out")
 SECONDS_BETWEEN_LOOKS = 5.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "evaluate", "safetensors")
@@ -68,7 +69,7 @@ def described_run(experiment: Experiment, rate: float, seed: int, arguments: arg
         "learning_rate": rate,
         "seed": seed,
         "adapter_config": experiment.adapter,
-        "training_params": experiment.training,
+        "training_params": {key: value for key, value in experiment.training.items() if key not in SWEPT},
         "model": arguments.model.name if arguments.model else "default",
         "data": described(arguments.data),
         "other": described(arguments.other),

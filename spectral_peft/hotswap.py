@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from spectral_peft.checkpoint import adapter_updates
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import same_matrix
-from spectral_peft.stored import adapter_folder, load_tensors
+from spectral_peft.stored import adapter_folder, load_config, load_tensors
 from spectral_peft.update import SAME_START
 
 
@@ -44,7 +44,7 @@ def hotswap_adapter(model: PeftModel, source: str | Path, adapter_name: str = "d
         raise ValueError(f"The adapter '{adapter_name}' is merged; call `unmerge_adapter` before it is swapped.")
     folder = adapter_folder(source)
     config: Any = model.peft_config[adapter_name]
-    _check_config(config, PeftConfig.from_pretrained(str(folder)))
+    _check_config(config, load_config(folder))
     tensors = load_tensors(folder)
     _check_names(set(get_peft_model_state_dict(model, adapter_name=adapter_name)), set(tensors), folder)
     if not config.save_start:
@@ -54,7 +54,7 @@ def hotswap_adapter(model: PeftModel, source: str | Path, adapter_name: str = "d
         layer.settle(adapter_name)
 
 
-def _check_config(own: SpectralConfig, other: PeftConfig) -> None:
+def _check_config(own: SpectralConfig, other: SpectralConfig) -> None:
     names = ("peft_type", "save_start", *own.function_fields)
     differing = [
         f"{name} is {getattr(own, name)!r} and {getattr(other, name, None)!r}"

@@ -121,8 +121,9 @@ def test_front_has_what_nothing_beats() -> None:
 
 
 def test_names() -> None:
-    assert label_of("sst-pool-r8") == "SST on a pool r8"
-    assert label_of("galore-r4-scale0.25") == "GaLore r4 scale0.25"
+    assert label_of("sst-pool-r8") == "SST on a pool, r8"
+    assert label_of("galore-r4-scale0.25") == "GaLore, r4, scale 0.25"
+    assert label_of("sst-r4-20000steps") == "SST, r4"
     assert by_experiment({"sst-r4-lr1e-05-seed0": 1, "sst-r4-lr0.01-seed1": 2, "start-seed0": 3}) == {
         "sst-r4": [1, 2],
         "start": [3],

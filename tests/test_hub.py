@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,22 +90,22 @@ def test_a_factored_model_in_shards(hub: Hub, tmp_path: Path) -> None:
     assert len(stored.updates) == len(list(layers(model)))
 
 
-def test_a_program_that_does_not_import_the_package(tmp_path: Path) -> None:
-    """The command of the guide."""
-    guide = Path(__file__).parents[1] / "docs" / "guides" / "hub.md"
-    code = re.search(r'^python -c "(.*?)" --its-options$', guide.read_text(encoding="utf-8"), re.MULTILINE)[1]
+@pytest.mark.parametrize("how", ["path", "module"])
+def test_a_program_that_does_not_import_the_package(tmp_path: Path, how: str) -> None:
+    (tmp_path / "beside.py").write_text("")
     (tmp_path / "some_tool.py").write_text(
-        "import sys\nfrom peft import get_peft_config\n"
+        "import sys, beside\nfrom peft import get_peft_config\n"
         "assert __name__ == '__main__'\n"
         "print(get_peft_config({'peft_type': 'SPECTRAL_SVFIT'}).method, sys.argv[1:])\n"
     )
-    paths = os.pathsep.join([str(tmp_path), str(guide.parents[2])])
+    program = [str(tmp_path / "some_tool.py")] if how == "path" else ["-m", "some_tool"]
+    root = str(Path(__file__).parents[1])
     result = subprocess.run(
-        [sys.executable, "-c", code, "--its-options"],
+        [sys.executable, "-m", "spectral_peft", *program, "--its-options"],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": root if how == "path" else os.pathsep.join([str(tmp_path), root])},
     )
     assert result.stdout.splitlines()[-1] == "svfit ['--its-options']"
 

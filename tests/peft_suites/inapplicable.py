@@ -54,7 +54,7 @@ ONE_ROW = (
 )
 NO_SUM = "a weighted sum of two weights has no factors of their size; asking for one raises SpectralError"
 DISPATCH = "registers layers of LoRA's by a private method of LoraConfig, which OSFConfig and PsoftConfig lack as well"
-REPR = "the class and the matrices of LoRA's layers by name; OSF and PSOFT print their own"
+REPR = "the names and sizes that LoRA's matrices print; OSF and PSOFT adapt neither a Conv1D nor an embedding"
 SUMS = "neither OSF nor PSOFT adds adapters up; "
 
 CUSTOM_MODELS = {

@@ -62,8 +62,8 @@ class TestRequiresGrad(theirs.TestRequiresGrad):
 
 
 def in_place_of(name: str, model: nn.Module) -> list[str]:
-    """The parameters that an adapter trains on the layer where LoRA has a matrix; other names as such."""
-    matrix = re.fullmatch(r"(.*)\.(?:lora_embedding_[AB]|spectral_\w+_update)\.(\w+)(?:\.weight)?", name)
+    """The parameters that an adapter trains on the layer where LoRA has a matrix of this name; other names as such."""
+    matrix = re.fullmatch(r"(.*)\.(?:spectral_\w+_update|lora_embedding_[AB])\.(\w+)(?:\.weight)?", name)
     if matrix is None:
         return [name]
     layer, adapter = matrix.groups()
