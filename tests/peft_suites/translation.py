@@ -35,8 +35,8 @@ def in_place_of_lora(method: str) -> type[SpectralConfig]:
     """A config class that takes LoRA's fields.
 
     A test is skipped that asks for what LoRA alone has: a field that neither OSF, PSOFT nor this package has, such as
-    `use_dora`, or an initialization by name. Neither OSF nor PSOFT has `target_parameters` either; LoRA's tests give it
-    single matrices, where this package takes stacks of them, and tests/test_experts.py has the laws.
+    `use_dora`, or an initialization by name. Neither OSF nor PSOFT has `target_parameters` either; LoRA's tests give
+    it single matrices, where this package takes stacks of them, and tests/test_experts.py has the laws.
     """
     config_cls, given = METHODS[method]
     own = {field.name for field in fields(config_cls)}
