@@ -75,16 +75,21 @@ def table(experiments: Iterable[Experiment], results: Path) -> str:
         lines += [*_table(rows, metrics), "", *_losses(rows, metrics[0])]
     if diverged := [name for name, row in found.items() if row and not row.runs]:
         lines += ["", f"Diverged at every rate: {', '.join(diverged)}."]
-    if missing := [f"{name} ({count})" for name, count in _missing(chosen, found).items() if count]:
+    if missing := [f"{name} ({count})" for name, count in _missing(chosen, found, results).items() if count]:
         lines += ["", f"Runs that are still to be made: {', '.join(missing)}."]
     return "\n".join(lines)
 
 
-def _missing(experiments: Iterable[Experiment], found: dict[str, Row | None]) -> dict[str, int]:
+def _missing(experiments: Iterable[Experiment], found: dict[str, Row | None], results: Path) -> dict[str, int]:
     missing = {}
     for experiment in experiments:
-        row, grid, seeds = found[experiment.name], experiment.training["learning_rate"], experiment.training["seeds"]
-        missing[experiment.name] = len(grid) + len(seeds) - 1 if row is None else max(0, len(seeds) - len(row.runs))
+        row, (first, *others) = found[experiment.name], experiment.training["seeds"]
+        rates = [
+            result_file(experiment, rate, first, results=results) for rate in experiment.training["learning_rate"]
+        ]
+        diverged = row is not None and not row.runs
+        seeds = 0 if diverged else len(others) - (0 if row is None else len(row.runs) - 1)
+        missing[experiment.name] = sum(not file.exists() for file in rates) + seeds
     return missing
 
 
@@ -94,7 +99,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _table(rows: list[Row], metrics: list[str]) -> list[str]:
-    reference = next((row for row in rows if row.name == REFERENCE), None)
+    reference = next((row for row in rows if row.name.split("-")[0] == REFERENCE), None)
     head = [
         "method", "learning rate", "seeds", *(metric.replace("_", " ") for metric in metrics), "forgetting",
         "peak memory, MiB", f"train time / {REFERENCE}", "init, s", "checkpoint, MiB", "trained",
@@ -110,12 +115,17 @@ def _cells(row: Row, metrics: list[str], reference: Row | None) -> list[str]:
         str(len(row.runs)),
         *(_with_spread(row, "quality", metric) for metric in metrics),
         _with_spread(row, "forgetting", "loss_rise", sign="+"),
-        f"{row.cost('peak_memory_bytes') / MIB:,.0f}",
-        "" if math.isnan(relative) else f"{relative:.2f}",
-        f"{row.cost('init_cpu_seconds'):.1f}",
-        f"{row.cost('checkpoint_bytes') / MIB:,.2f}",
-        f"{row.cost('trainable_parameters'):,.0f}",
+        _number(row.cost("peak_memory_bytes") / MIB, ",.0f"),
+        _number(relative, ".2f"),
+        _number(row.cost("init_cpu_seconds"), ".1f"),
+        _number(row.cost("checkpoint_bytes") / MIB, ",.2f"),
+        _number(row.cost("trainable_parameters"), ",.0f"),
     ]
+
+
+def _number(value: float, form: str) -> str:
+    """Nothing for what was not measured."""
+    return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def _grid(row: Row) -> str:
@@ -158,7 +168,9 @@ def _losses(rows: list[Row], metric: str) -> list[str]:
 
 
 def _better(row: Row, others: list[Row], group: str, key: str, sign: int) -> str:
-    names = []
+    names: list[str] = []
+    if math.isnan(row.mean(group, key)):
+        return "not measured"
     for other in others:
         gap = sign * (row.mean(group, key) - other.mean(group, key))
         if gap > 0:
