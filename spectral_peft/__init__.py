@@ -13,6 +13,7 @@ from spectral_peft.merged import export_merged
 from spectral_peft.model import SpectralModel, register
 from spectral_peft.optim import create_spectral_optimizer, parameter_groups, step_in_backward
 from spectral_peft.report import ParameterReport, parameter_report, untargeted_modules
+from spectral_peft.schedule import Schedule
 from spectral_peft.statistics import spectral_statistics
 from spectral_peft.training import spectral_step
 from spectral_peft.tuners import (
@@ -22,7 +23,6 @@ from spectral_peft.tuners import (
     PiSSAConfig,
     PooledSST,
     RetractionRule,
-    Schedule,
     SCTConfig,
     SSTConfig,
     SVFit,

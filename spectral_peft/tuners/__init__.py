@@ -2,7 +2,7 @@
 
 from spectral_peft.tuners.pissa import PiSSA, PiSSAConfig
 from spectral_peft.tuners.sct import SCT, RetractionRule, SCTConfig
-from spectral_peft.tuners.sst import SST, PooledSST, Schedule, SSTConfig
+from spectral_peft.tuners.sst import SST, PooledSST, SSTConfig
 from spectral_peft.tuners.svfit import SVFit, SVFitConfig
 
 
@@ -17,5 +17,4 @@ __all__ = [
     "SSTConfig",
     "SVFit",
     "SVFitConfig",
-    "Schedule",
 ]

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +17,13 @@ from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, completed, same_matrix, sketch, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
+from spectral_peft.schedule import Schedule
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
 SAME_REST = 1e-2
 """Relative difference up to which vectors count as the same: rounding to 16 bits stays below it."""
 SAMPLING = (*PROBABILITIES, "sequential", "top")
-
-
-class Schedule(NamedTuple):
-    """When SST does what, counted in optimizer steps.
-
-    Attributes:
-        steps_per_iteration: Steps with the same trained vectors.
-        iterations_per_round: Iterations from one SVD of the weight to the next.
-        warmup_steps: Length of the linear warm-up of the learning rate after every change of the trained vectors.
-    """
-
-    steps_per_iteration: int
-    iterations_per_round: int
-    warmup_steps: int
-
-    def is_swap(self, step: int) -> bool:
-        """Whether an iteration ends with this step."""
-        return step % self.steps_per_iteration == 0
-
-    def is_svd(self, step: int) -> bool:
-        """Whether a round ends with this step."""
-        return step % (self.steps_per_iteration * self.iterations_per_round) == 0
-
-    def warmup(self, step: int) -> float:
-        """The factor on the learning rate of the step that follows `step` finished ones."""
-        return min(1.0, (step % self.steps_per_iteration + 1) / (self.warmup_steps + 1))
 
 
 class SST(SpectralUpdate):
