@@ -96,9 +96,11 @@ class Sweep:
             ExperimentError: a result that is there is one of other settings.
         """
         self._estimate()
-        waiting = list(self.experiments)
+        most = max(len(experiment.training["seeds"]) for experiment in self.experiments)
+        # all experiments with one seed before any with the next: an interrupted sweep has something of each
+        waiting = [(experiment, seeds) for seeds in range(1, most + 1) for experiment in self.experiments]
         while waiting:
-            waiting = [experiment for experiment in waiting if not self._advance(experiment)]
+            waiting = [stage for stage in waiting if not self._advance(*stage)]
             if waiting:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -114,9 +116,9 @@ class Sweep:
         mean = f", {sum(seconds) / len(seconds):.0f} s each so far" if seconds else ""
         print(f"{max(0, total - len(made))} of {total} runs are still to be made{mean}.", flush=True)
 
-    def _advance(self, experiment: Experiment) -> bool:
-        """Makes the runs that nobody else is at; True if none is missing."""
-        grid, (first, *others) = experiment.training["learning_rate"], experiment.training["seeds"]
+    def _advance(self, experiment: Experiment, seeds: int) -> bool:
+        """Makes the runs of the first `seeds` seeds that nobody else is at; True if none is missing."""
+        grid, (first, *others) = experiment.training["learning_rate"], experiment.training["seeds"][:seeds]
         found = [self._result(experiment, rate, first) for rate in grid]
         if None in found:
             return False
