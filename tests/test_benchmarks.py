@@ -75,6 +75,13 @@ def test_every_rate_then_the_other_seeds_at_the_best(arguments):
     assert sweep(Runs(), arguments) == []  # everything is there
 
 
+def test_an_interrupted_sweep_has_something_of_each_experiment(arguments):
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Runs(fail_at=(0.2, 1)), arguments, experiment("one"), experiment("two"))
+
+    assert len(list(arguments.results.rglob("lr*-seed0.json"))) == 6
+
+
 def test_an_interrupted_sweep_goes_on(arguments):
     with pytest.raises(KeyboardInterrupt):
         sweep(Runs(fail_at=(0.3, 0)), arguments)

@@ -1,8 +1,8 @@
-"""Pre-training a small Llama from nothing on any text file; the perplexity of its held-out end, which is also what
+"""Pre-training a small Llama or OPT from nothing on any text file; the perplexity of its held-out end, which is also what
 chooses the learning rate.
 
 Every experiment sees the same batches in the same order, from the same weights, and trains embeddings, head and norms
-in full. The seven projections of each layer are what differs: trained as they are, by GaLore (`galore`), or through
+in full. The projections of each layer are what differs: trained as they are, by GaLore (`galore`), or through
 the adapter of the experiment. `restart_every` makes ReLoRA* of LoRA: it merges and starts anew with reset optimizer
 state, without a full-rank warm-up phase.
 """
@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.data import described, language_reference, read_text
 from benchmarks.experiment import DivergenceError, Experiment, ExperimentError
@@ -136,19 +136,39 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 # Model
 
 
-def base_model(settings: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
+def base_model(settings: Mapping[str, Any], seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=settings["hidden_size"],
-            intermediate_size=settings["intermediate_size"],
-            num_hidden_layers=settings["layers"],
-            num_attention_heads=4,
-            vocab_size=settings["vocabulary"],
-            max_position_embeddings=settings["length"],
-            tie_word_embeddings=False,
-        )
+    return AutoModelForCausalLM.from_config(ARCHITECTURES[settings["architecture"]](settings))
+
+
+def llama(settings: Mapping[str, Any]) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=settings["hidden_size"],
+        intermediate_size=settings["intermediate_size"],
+        num_hidden_layers=settings["layers"],
+        num_attention_heads=4,
+        vocab_size=settings["vocabulary"],
+        max_position_embeddings=settings["length"],
+        tie_word_embeddings=False,
     )
+
+
+def opt(settings: Mapping[str, Any]) -> OPTConfig:
+    """Without dropout, which the Llama does not have."""
+    return OPTConfig(
+        hidden_size=settings["hidden_size"],
+        word_embed_proj_dim=settings["hidden_size"],
+        ffn_dim=settings["intermediate_size"],
+        num_hidden_layers=settings["layers"],
+        num_attention_heads=4,
+        vocab_size=settings["vocabulary"],
+        max_position_embeddings=settings["length"],
+        tie_word_embeddings=False,
+        dropout=0.0,
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], PreTrainedConfig]] = {"llama": llama, "opt": opt}
 
 
 def kept_model(name: str, learning_rate: float, seed: int, cache: Path) -> Path:
@@ -199,11 +219,12 @@ def build_optimizer(model: nn.Module, settings: Mapping[str, Any], learning_rate
 def parameter_groups(
     model: nn.Module, settings: Mapping[str, Any], learning_rate: float
 ) -> list[dict[str, list[nn.Parameter] | float]]:
-    """Factors of the projections with `learning_rate`, singular values with theirs, all else with the common one."""
+    """Factors of the projections with `learning_rate`, singular values with theirs, all else, such as the biases of the
+    projections, with the common one."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, value in model.named_parameters():
         factor = "lora_" in name or "_update." in name
-        if "base_layer" in name or (factor and not value.requires_grad):
+        if "base_layer.weight" in name or (factor and not value.requires_grad):
             continue
         value.requires_grad_(True)
         rate = learning_rate if factor else settings["dense_learning_rate"]
