@@ -1,5 +1,5 @@
-"""Pre-training a small Llama or OPT from nothing on any text file; the perplexity of its held-out end, which is also what
-chooses the learning rate.
+"""Pre-training a small Llama or OPT from nothing on any text file; the perplexity of its held-out end, which is also
+what chooses the learning rate.
 
 Every experiment sees the same batches in the same order, from the same weights, and trains embeddings, head and norms
 in full. The projections of each layer are what differs: trained as they are, by GaLore (`galore`), or through
@@ -219,8 +219,7 @@ def build_optimizer(model: nn.Module, settings: Mapping[str, Any], learning_rate
 def parameter_groups(
     model: nn.Module, settings: Mapping[str, Any], learning_rate: float
 ) -> list[dict[str, list[nn.Parameter] | float]]:
-    """Factors of the projections with `learning_rate`, singular values with theirs, all else, such as the biases of the
-    projections, with the common one."""
+    """Factors of the projections with `learning_rate`, singular values with theirs, all else with the common one."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, value in model.named_parameters():
         factor = "lora_" in name or "_update." in name
