@@ -86,6 +86,10 @@ bench: .venv/installed
 	$(MAKE) --jobs 2 $(BENCH_TASKS:%=full-%)
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --table &&) true
 
+figures: .venv/installed
+	$(BIN)/python -W ignore -m benchmarks.figures
+	$(BIN)/python -W ignore -m benchmarks.table
+
 quick-%: .venv/minilm
 	$(BENCH) --task $* --quick $(BENCH_DATA)
 

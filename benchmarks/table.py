@@ -1,4 +1,7 @@
-"""The table of a task: every experiment at its best rate, and where this project's methods lose."""
+"""The table of a task: every experiment at its best rate, and where this project's methods lose.
+
+python -m benchmarks.table      # writes those of the documentation, docs/results/tables/TASK.md
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment import Experiment, read_json, result_file
+from benchmarks.experiment import RESULTS, Experiment, find, read_json, result_file
 
 
+TABLES = Path(__file__).parents[1] / "docs" / "results" / "tables"
+SHOWN = ("causal", "classification", "pretraining")
 FALLING = frozenset({"loss", "perplexity"})  # qualities of which less is better; of all others more is
 OWN_TYPES = "SPECTRAL_"
 REFERENCE = "lora"
+NOT_MEASURED = "not measured"
 MIB = 2**20
 
 
@@ -64,9 +70,26 @@ def row_of(experiment: Experiment, results: Path) -> Row | None:
 
 
 def table(experiments: Iterable[Experiment], results: Path) -> str:
-    """Markdown: the experiments by quality, what is still to be run, and where this project's methods lose."""
-    chosen = list(experiments)
-    found = {experiment.name: row_of(experiment, results) for experiment in chosen}
+    """Markdown: the experiments by quality, what is still to be run, and where this project's methods lose.
+
+    Only what has the same budget stands in one table: the same architecture and as many steps.
+    """
+    groups: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
+        groups.setdefault(_budget(experiment), []).append(experiment)
+    parts = [(budget, _group(group, results)) for budget, group in groups.items()]
+    if len(parts) == 1:
+        return parts[0][1]
+    return "\n\n".join(f"**{budget}**\n\n{part}" for budget, part in parts)
+
+
+def _budget(experiment: Experiment) -> str:
+    steps = experiment.training.get("steps") or experiment.training.get("max_steps", 0)
+    return f"{experiment.training.get('architecture', '')}, {steps:,} steps".removeprefix(", ")
+
+
+def _group(experiments: Sequence[Experiment], results: Path) -> str:
+    found = {experiment.name: row_of(experiment, results) for experiment in experiments}
     rows = [row for row in found.values() if row and row.runs]
     lines = []
     if rows:
@@ -75,9 +98,9 @@ def table(experiments: Iterable[Experiment], results: Path) -> str:
         lines += [*_table(rows, metrics), "", *_losses(rows, metrics[0])]
     if diverged := [name for name, row in found.items() if row and not row.runs]:
         lines += ["", f"Diverged at every rate: {', '.join(diverged)}."]
-    if missing := [f"{name} ({count})" for name, count in _missing(chosen, found, results).items() if count]:
+    if missing := [f"{name} ({count})" for name, count in _missing(experiments, found, results).items() if count]:
         lines += ["", f"Runs that are still to be made: {', '.join(missing)}."]
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def _missing(experiments: Iterable[Experiment], found: dict[str, Row | None], results: Path) -> dict[str, int]:
@@ -94,12 +117,14 @@ def _missing(experiments: Iterable[Experiment], found: dict[str, Row | None], re
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    """Without the columns that say nothing in any row."""
+    columns = [column for column in zip(head, *rows, strict=True) if set(column[1:]) - {"", NOT_MEASURED}]
+    lines = list(zip(*columns, strict=True))
+    return [f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(columns), *lines[1:]]]
 
 
 def _table(rows: list[Row], metrics: list[str]) -> list[str]:
-    reference = next((row for row in rows if row.name.split("-")[0] == REFERENCE), None)
+    reference = next((row for row in rows if REFERENCE in row.name.split("-")), None)
     head = [
         "method", "learning rate", "seeds", *(metric.replace("_", " ") for metric in metrics), "forgetting",
         "peak memory, MiB", f"train time / {REFERENCE}", "init, s", "checkpoint, MiB", "trained",
@@ -139,7 +164,7 @@ def _with_spread(row: Row, group: str, key: str, sign: str = "") -> str:
     mean, spread = row.mean(group, key), row.spread(group, key)
     if math.isnan(mean):
         return ""
-    return f"{mean:{sign}.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
+    return f"{mean:{sign}.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
 
 
 def _losses(rows: list[Row], metric: str) -> list[str]:
@@ -170,10 +195,20 @@ def _losses(rows: list[Row], metric: str) -> list[str]:
 def _better(row: Row, others: list[Row], group: str, key: str, sign: int) -> str:
     names: list[str] = []
     if math.isnan(row.mean(group, key)):
-        return "not measured"
+        return NOT_MEASURED
     for other in others:
         gap = sign * (row.mean(group, key) - other.mean(group, key))
         if gap > 0:
             noise = math.hypot(*(part.spread(group, key) / math.sqrt(len(part.runs)) for part in (row, other)))
             names.append(f"**{other.name}**" if gap > 2 * noise else other.name)  # never with one seed: noise is NaN
     return "all" if len(names) == len(others) and len(names) > 3 else ", ".join(names) or "none"
+
+
+def main() -> None:
+    TABLES.mkdir(parents=True, exist_ok=True)
+    for task in SHOWN:
+        (TABLES / f"{task}.md").write_text(f"{table(find(task), RESULTS)}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from benchmarks import run as harness
 from benchmarks.experiment import (
     EXPERIMENTS,
+    RESULTS,
     DivergenceError,
     Experiment,
     ExperimentError,
@@ -23,7 +24,7 @@ from benchmarks.experiment import (
     write_json,
 )
 from benchmarks.metrics import Accuracy, MacroF1, Perplexity
-from benchmarks.table import table
+from benchmarks.table import SHOWN, TABLES, table
 
 
 TRAINING = {"learning_rate": [0.1, 0.2, 0.3], "seeds": [0, 1, 2]}
@@ -141,10 +142,24 @@ def test_the_table_tells_where_this_project_loses(arguments):
 
     lines = table([experiment(), better, experiment("absent")], arguments.results).splitlines()
 
-    assert lines[2].startswith("| lora | **0.1**, 0.2, 0.3 (edge) | 3 | 0.5100 ± 0.0100 |")
-    assert lines[3].startswith("| **ours** | 0.1, **0.2**, 0.3 | 3 | 1.3000 ± 0.1000 | +0.5000 ± 0.0000 |")
+    assert lines[2].startswith("| lora | **0.1**, 0.2, 0.3 (edge) | 3 | 0.510 ± 0.010 |")
+    assert lines[3].startswith("| **ours** | 0.1, **0.2**, 0.3 | 3 | 1.300 ± 0.100 | +0.500 ± 0.000 |")
     assert "| **ours** | **lora** | none | none | none | none | none |" in lines
     assert lines[-1] == "Runs that are still to be made: absent (5)."
+
+
+def test_each_budget_has_a_table_of_its_own(arguments):
+    longer = experiment("longer", max_steps=7000)
+    sweep(Runs(), arguments, longer, experiment("absent", max_steps=70))
+
+    parts = table([longer, experiment("absent", max_steps=70)], arguments.results).split("\n\n")
+
+    assert [part for part in parts if part.startswith("**")] == ["**7,000 steps**", "**70 steps**"]
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    for task in SHOWN:
+        assert (TABLES / f"{task}.md").read_text() == table(find(task), RESULTS) + "\n", "python -m benchmarks.table"
 
 
 def test_nothing_is_written_half_or_as_nan(tmp_path):
