@@ -1,8 +1,11 @@
-"""When a method that works in iterations and rounds does what."""
+"""When a method that works in iterations and rounds does what, and the count of steps that this follows."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Schedule(NamedTuple):
@@ -29,3 +32,32 @@ class Schedule(NamedTuple):
     def warmup(self, step: int) -> float:
         """The factor on the learning rate of the step that follows `step` finished ones."""
         return min(1.0, (step % self.steps_per_iteration + 1) / (self.warmup_steps + 1))
+
+
+class Count:
+    """The number in a buffer that counts steps, without waiting for the buffer's device at every step.
+
+    It is read from there once, and again after anything but `add_one_` has written to the buffer or replaced it, such
+    as loading a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, int] | None = None
+        self._number = 0
+
+    def __reduce__(self) -> tuple[type[Count], tuple[()]]:
+        return Count, ()  # a copy reads its own buffer
+
+    def of(self, buffer: Tensor) -> int:
+        if self._of is None or self._of[0] is not buffer or self._of[1] != buffer._version:
+            self._note(buffer, int(buffer))
+        return self._number
+
+    @torch.no_grad()
+    def add_one_(self, buffer: Tensor) -> int:
+        number = self.of(buffer) + 1
+        self._note(buffer.add_(1), number)
+        return number
+
+    def _note(self, buffer: Tensor, number: int) -> None:
+        self._of, self._number = (buffer, buffer._version), number

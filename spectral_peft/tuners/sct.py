@@ -18,6 +18,7 @@ from spectral_peft.linalg import Factors, svd_of_product, tangent_projection
 from spectral_peft.linalg.precision import working_copy
 from spectral_peft.model import register
 from spectral_peft.retraction import RETRACTIONS, Point, diverged, measured, retract_
+from spectral_peft.schedule import Count
 from spectral_peft.update import Size, SpectralUpdate
 
 
@@ -71,6 +72,7 @@ class SCT(SpectralUpdate):
         self.dS = size.diagonal(r)
         self.Vh = size.factor(r, n)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._count = Count()
         self.keep_schedule(
             retraction=rule.retraction,
             retract_every=rule.every,
@@ -175,7 +177,9 @@ class SCT(SpectralUpdate):
         if rule.riemannian:
             for update in updates:
                 update._project_step_()
-        due = [update for update in updates if rule.every == 1 or (int(update.step) + 1) % rule.every == 0]
+        due = [
+            update for update in updates if rule.every == 1 or (update._count.of(update.step) + 1) % rule.every == 0
+        ]
         stale: list[nn.Parameter] = []
         if rule.absorb:
             drifts = [update._drift() for update in due]  # all of them, before anything changes
@@ -186,8 +190,12 @@ class SCT(SpectralUpdate):
             cls._retract_(rule, due)
         if rule.every > 1:  # otherwise nothing depends on the count
             for update in updates:
-                update.step.add_(1)
+                update._count.add_one_(update.step)
         return stale
+
+    def _is_due(self) -> bool:
+        every = self.rule.every
+        return every == 1 or (self._count.of(self.step) + 1) % every == 0
 
     @staticmethod
     def _retract_(rule: RetractionRule, updates: Sequence[SCT]) -> None:

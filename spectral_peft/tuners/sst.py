@@ -17,7 +17,7 @@ from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, completed, same_matrix, sketch, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
 from spectral_peft.model import register
-from spectral_peft.schedule import Schedule
+from spectral_peft.schedule import Count, Schedule
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype
 
 
@@ -66,6 +66,7 @@ class SST(SpectralUpdate):
         self.Vh_rest = size.factor(k - r, n, rest)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("order", torch.arange(k))
+        self._count = Count()
         self.keep_schedule(
             **schedule._asdict(), sampling=sampling, gradient="enhanced" if enhanced else "default", seed=seed
         )
@@ -87,7 +88,7 @@ class SST(SpectralUpdate):
 
     def statistics(self) -> dict[str, float]:
         """`swaps`, changes of the trained vectors since the start, and `decompositions`, SVDs of the weight."""
-        step, swap = int(self.step), self.schedule.steps_per_iteration
+        step, swap = self._count.of(self.step), self.schedule.steps_per_iteration
         return {"swaps": step // swap, "decompositions": step // (swap * self.schedule.iterations_per_round)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class SST(SpectralUpdate):
     def before_optimizer_step(self) -> None:
         if self._was_loaded:
             self._refuse_other_rest()
-        warm = self.schedule.warmup(int(self.step)) == 1
+        warm = self.schedule.warmup(self._count.of(self.step)) == 1
         self._before = [] if warm else [value.detach().clone() for _, value in self.trained_parameters()]
 
     @torch.no_grad()
@@ -163,15 +164,14 @@ class SST(SpectralUpdate):
         """
         # An optimizer's step is proportional to its learning rate: taking a part of the step is taking it at a part of
         # the rate, whatever a scheduler sets the rate to.
-        part = self.schedule.warmup(int(self.step))
+        part = self.schedule.warmup(self._count.of(self.step))
         for before, (_, value) in zip(self._before, self.trained_parameters(), strict=False):
             value.copy_(torch.lerp(before, value, part))
         self._before = []
         self.dS.weight.clamp_(min=-self.S.weight)
         _normalize_(self.U.weight, dim=0)
         _normalize_(self.Vh.weight, dim=1)
-        self.step += 1
-        step = int(self.step)
+        step = self._count.add_one_(self.step)
         if not self.schedule.is_swap(step):
             return ()
         self._refuse_non_finite()
