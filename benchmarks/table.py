@@ -29,6 +29,7 @@ class Row:
     """The runs of one experiment at the rate that is best with its first seed."""
 
     experiment: Experiment
+    rates: list[float]
     rate: float | None
     runs: list[dict[str, Any]]
 
@@ -62,11 +63,13 @@ def row_of(experiment: Experiment, results: Path) -> Row | None:
     found = {rate: read_json(file) for rate, file in first.items() if file.exists()}
     finished = {rate: run for rate, run in found.items() if run["validation"] is not None}
     if not finished:
-        return Row(experiment, None, []) if found else None
+        return Row(experiment, list(found), None, []) if found else None
     best = min(finished, key=lambda rate: finished[rate]["validation"])
     files = [result_file(experiment, best, seed, results=results) for seed in seeds[1:]]
     others = [read_json(file) for file in files if file.exists()]
-    return Row(experiment, best, [finished[best], *(run for run in others if run["validation"] is not None)])
+    return Row(
+        experiment, list(found), best, [finished[best], *(run for run in others if run["validation"] is not None)]
+    )
 
 
 def table(experiments: Iterable[Experiment], results: Path) -> str:
@@ -154,8 +157,8 @@ def _number(value: float, form: str) -> str:
 
 
 def _grid(row: Row) -> str:
-    """The grid with the chosen rate in bold, and a mark where a wider grid may hold a better one."""
-    grid = sorted(row.experiment.training["learning_rate"])
+    """The rates that were run, the chosen one in bold, and a mark where a wider grid may hold a better one."""
+    grid = sorted(row.rates)
     edge = " (edge)" if len(grid) > 1 and row.rate in (grid[0], grid[-1]) else ""
     return ", ".join(f"**{rate:g}**" if rate == row.rate else f"{rate:g}" for rate in grid) + edge
 

@@ -33,8 +33,8 @@ class Core(SpectralUpdate):
     def forward(self, x):
         return self.U(self.R(self.Vh(self.dropout(x))))
 
-    def matrix(self):
-        return self.U.weight @ self.R.weight @ self.Vh.weight
+    def thin_change(self):
+        return self.U.weight @ self.R.weight, self.Vh.weight
 
 
 @register

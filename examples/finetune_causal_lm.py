@@ -51,7 +51,7 @@ METHODS = {
     "svfit": Method(functools.partial(SVFitConfig, save_start=False), rank=64, learning_rate=1e-1),
     "pissa": Method(functools.partial(PiSSAConfig, save_start=False), rank=16, learning_rate=3e-4),
     "sst": Method(functools.partial(SSTConfig, pool=32), rank=8, learning_rate=3e-4, values=100),
-    "sct": Method(SCTConfig, rank=128, learning_rate=5e-4, values=10),
+    "sct": Method(SCTConfig, rank=128, learning_rate=1.5e-4, values=10),
     "lora": Method(functools.partial(LoraConfig, lora_alpha=32), rank=16, learning_rate=1e-3),
 }
 LOADERS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}

@@ -98,7 +98,7 @@ def optimizer_of(model: PeftModel, arguments: Arguments) -> torch.optim.Optimize
 
 
 def main(argv: Sequence[str] | None = None) -> float:
-    """Train, and return the loss on the held-out last hundredth of the text."""
+    """Train, and return the loss on a random hundredth of the text, which is held out."""
     (arguments,) = HfArgumentParser(Arguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(argv)
 
     set_seed(0)

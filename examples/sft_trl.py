@@ -36,7 +36,7 @@ METHODS = {
     "svfit": Method(SVFitConfig, r=64, learning_rate=3e-2),
     "pissa": Method(PiSSAConfig, r=16, learning_rate=3e-4),
     "sst": Method(partial(SSTConfig, pool=32), r=8, learning_rate=3e-4),
-    "sct": Method(SCTConfig, r=128, learning_rate=5e-4),
+    "sct": Method(SCTConfig, r=128, learning_rate=1.5e-4),
     "lora": Method(partial(LoraConfig, lora_alpha=32), r=16, learning_rate=1e-3),
 }
 

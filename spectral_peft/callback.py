@@ -24,7 +24,7 @@ class SpectralCallback(TrainerCallback):
         trainer.add_callback(SpectralCallback(trainer))
 
     It is not needed for the schedules: they follow the steps of every torch optimizer. Where something else moves the
-    parameters (DeepSpeed with its own master weights), it runs them; what a hook has seen never happens twice.
+    parameters, it runs them; what a hook has seen never happens twice.
 
     The figures are those of `spectral_statistics`, and ``spectral/optimizer_state_reset``: the share of the trained
     numbers whose optimizer state a schedule has reset since the last log. They are measured when the Trainer logs its

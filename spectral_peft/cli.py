@@ -54,6 +54,14 @@ class Destination(str, Enum):
     merged = "merged"
 
 
+class Dtype(str, Enum):
+    """Of dense weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 def methods_by_name() -> dict[str, type[SpectralConfig]]:
     """The configs of the registered methods by the method's name."""
     found = (cls for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(cls, SpectralConfig))
@@ -154,7 +162,7 @@ def export(
         str | None, typer.Option(help="The base model; by default the one that the adapter names.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA; by default the smallest that is exact.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the dense weights, such as 'bfloat16'.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the dense weights; by default that of the base.")] = None,
     auto_class: AutoClass = "AutoModelForCausalLM",
     as_json: AsJson = False,
 ) -> None:
@@ -163,7 +171,7 @@ def export(
         raise typer.BadParameter("is for --to lora.", param_hint="--rank")
     model = _with_adapter(adapter, base, auto_class)
     if to is Destination.merged:
-        export_merged(model, folder, dtype=None if dtype is None else getattr(torch, dtype))
+        export_merged(model, folder, dtype=None if dtype is None else getattr(torch, dtype.value))
         _copy_tokenizer(str(model.get_base_model().name_or_path), folder)
         _print([{"written": str(file)} for file in sorted(folder.iterdir())], as_json)
     else:
@@ -207,7 +215,7 @@ def _one_line_errors() -> Any:
     try:
         yield
     except (ValueError, OSError, TypeError) as error:  # SpectralError is a ValueError
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # what a command says is printed
+        _note(f"error: {error}")
         sys.exit(1)
 
 
@@ -253,12 +261,19 @@ def _planned(model_config: Any, config: SpectralConfig) -> nn.Module:
     with torch.device("meta"):
         update = config.build(Size(4, 4, 1))
         if update.replaces and update.frees_base:
+            if getattr(model_config, "tie_word_embeddings", False):
+                _note("Embedding and head are tied; the plan has them apart, as a model that exists as factors must.")
+                model_config.tie_word_embeddings = False
             return build_factored(model_config, config, device="meta")
         base = transformers.AutoModelForCausalLM.from_config(model_config)
         return get_peft_model(base, config, low_cpu_mem_usage=True)
 
 
 # Output
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201  # what a command says is printed
 
 
 def _first_line(config_cls: type[SpectralConfig]) -> str:

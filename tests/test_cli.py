@@ -128,6 +128,21 @@ def test_memory_is_estimated_from_a_config(name: str, tmp_path: Path) -> None:
     assert rows["total"] >= rows["weights"] + rows["optimizer"] + rows["gradients"]
 
 
+def test_tied_weights_are_planned_apart_and_told(tmp_path: Path) -> None:
+    config = llama().config
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["estimate-memory", str(tmp_path), "--r", "4"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "Embedding and head are tied; the plan has them apart" in result.stderr
+
+
+def test_a_dtype_that_is_none() -> None:
+    result = CliRunner().invoke(app, ["export", "adapter", "out", "--to", "merged", "--dtype", "bf16"])
+    assert result.exit_code == 2
+    assert "'bf16' is not one of" in result.output
+
+
 def test_methods_are_listed() -> None:
     assert {row["method"] for row in run("methods")} >= {"svfit", "pissa", "sst", "sct"}
 
