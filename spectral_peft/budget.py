@@ -36,6 +36,7 @@ def share_budgets_(model: nn.Module, config: SpectralConfig) -> None:
     dense = [key for key, rank in ranks.items() if rank is None]
     config.rank_pattern = {**{key: rank for key, rank in ranks.items() if rank}, **config.rank_pattern}
     config.dense_modules = [*config.dense_modules, *dense]
+    config.was_measured = config.was_measured or bool(ranks)
     if dense:
         warnings.warn(
             f"{len(dense)} modules stay dense and get no adapter, because factors of the rank that the budget gives "

@@ -9,6 +9,7 @@ from itertools import chain
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.experts import ExpertLinear, SpectralExperts
 from spectral_peft.layer import SpectralLinear
@@ -133,6 +134,36 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             configs.pop(adapter_name, None)
             if not configs and not isinstance(module, BaseTuner):
                 del module.peft_config
+
+
+Former = dict[SpectralLinear, tuple[str, SpectralUpdate, SpectralConfig, bool]]
+
+
+def adapter_in_place(model: nn.Module, adapter_name: str) -> Former:
+    """What the layers hold under this name, for `undo_injection`."""
+    found: Former = {}
+    for prefix, layer, update in adapter_updates(model, adapter_name):
+        container = prefix.split(".")[-3]
+        found[layer] = (container, update, layer.configs[adapter_name], layer.settled[adapter_name])
+    return found
+
+
+def undo_injection(model: nn.Module, adapter_name: str, former: Former) -> None:
+    """Takes a failed injection back; an adapter that had this name before is put into its place again."""
+    if not former:
+        remove_adapter(model, adapter_name)
+        return
+    for layer in model.modules():
+        if isinstance(layer, SpectralLinear):
+            layer.discard_adapter(adapter_name)
+    for layer, (container, update, config, settled) in former.items():
+        getattr(layer, container)[adapter_name] = update
+        layer.configs[adapter_name], layer.settled[adapter_name] = config, settled
+    _unwrap_idle(model)
+    for module in model.modules():
+        configs = vars(module).get("peft_config")
+        if isinstance(configs, dict):
+            configs[adapter_name] = config
 
 
 def _unwrap_idle(model: nn.Module) -> None:

@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from spectral_peft.checkpoint import adapter_updates
-from spectral_peft.config import SpectralConfig
+from spectral_peft.config import FORMAT_VERSION, SpectralConfig
 from spectral_peft.errors import SpectralError
-from spectral_peft.layer import SpectralLinear
+from spectral_peft.layer import SpectralLinear, refuse_merged
 from spectral_peft.linalg import Factors, svd_of_product
 from spectral_peft.update import SpectralUpdate
 
@@ -34,7 +34,8 @@ def add_weighted_adapter(
 ) -> None:
     """`SpectralModel.add_weighted_adapter`, which says what is raised; the model changes after all is computed."""
     _check(tuner, adapters, weights, adapter_name, combination_type, svd_rank)
-    _refuse_merged(tuner)
+    # The fingerprint of the sum is that of the base weight, which is not there while an adapter is merged.
+    refuse_merged(tuner.model, "adapters are added up")
     terms: dict[SpectralLinear, list[Term]] = {}
     for name, weight in zip(adapters, weights, strict=True):
         for _, layer, update in adapter_updates(tuner.model, name):
@@ -60,6 +61,7 @@ def add_weighted_adapter(
         layers_pattern=None,
         dense_modules=[],
         save_start=True,
+        format_version=FORMAT_VERSION,  # its tensors come as those of a checkpoint do, after it was added
     )
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer, update in sums.items():
@@ -162,12 +164,6 @@ def _check(
         raise ValueError(f"`svd_rank` should be positive, with combination_type 'svd', got {svd_rank}.")
     for name in adapters:
         _refuse_other_training(name, tuner.peft_config[name])  # type: ignore[arg-type]
-
-
-def _refuse_merged(tuner: BaseTuner) -> None:
-    """The fingerprint of the sum is that of the base weight, which is not there while an adapter is merged."""
-    if any(isinstance(layer, SpectralLinear) and layer.merged for layer in tuner.model.modules()):
-        raise ValueError("There are merged adapters; call `unmerge_adapter` before adapters are added up.")
 
 
 def _refuse_other_training(name: str, config: SpectralConfig) -> None:

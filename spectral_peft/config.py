@@ -88,7 +88,7 @@ class SpectralConfig(PeftConfig, ABC):
             rounding to 16 bits) and raises `SpectralError` where they differ.
         init_weights: False starts from a small random change instead of none; for tests only.
         base_quantization: Filled in; how the base weights that the adapter was trained on were quantized, or None.
-        format_version: Filled in; the version of the checkpoint format.
+        format_version: Written by `save_pretrained`; the version of the checkpoint format.
     """
 
     method: ClassVar[str]
@@ -156,14 +156,14 @@ class SpectralConfig(PeftConfig, ABC):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _take_format_version(self) -> None:
-        """A version that is already there was written by `save_pretrained`: this config belongs to a checkpoint."""
+        """A version that is there was written by `save_pretrained`: this config belongs to a checkpoint."""
         self.from_checkpoint = self.format_version is not None
+        self.was_measured = False
         if self.format_version is not None and self.format_version > FORMAT_VERSION:
             raise SpectralError(
                 f"This adapter has format version {self.format_version}; the installed spectral_peft reads up to "
                 f"{FORMAT_VERSION}. Update it: pip install -U spectral-peft"
             )
-        self.format_version = FORMAT_VERSION
 
     def _check_fields(self) -> None:
         check_rank(self.r)
@@ -215,6 +215,10 @@ class SpectralConfig(PeftConfig, ABC):
         """PEFT's, which also brings the model card beside the config up to date."""
         super().save_pretrained(save_directory, **kwargs)
         complete_card(save_directory, self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as they are saved: with the version of the format, which a config that was made here lacks."""
+        return {**super().to_dict(), "format_version": FORMAT_VERSION}
 
     @property
     def container(self) -> str:

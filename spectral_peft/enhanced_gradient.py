@@ -41,7 +41,7 @@ class SegmentedProduct(torch.autograd.Function):
             y += (P_rest * scale[r:]) @ U_rest.to(dtype).mT
         ctx.save_for_backward(rows, P, P_rest, U, S, Vh, U_rest, Vh_rest)
         ctx.enhanced, ctx.x_dtype, ctx.x_shape = enhanced, x.dtype, x.shape
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], len(U))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,7 +94,7 @@ class DenseProduct(torch.autograd.Function):
             y = rows @ _matrix(U, S, Vh, U_rest, Vh_rest, dtype).mT
         ctx.save_for_backward(rows, U, S, Vh, U_rest, Vh_rest)
         ctx.enhanced, ctx.x_dtype, ctx.x_shape = enhanced, x.dtype, x.shape
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], len(U))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

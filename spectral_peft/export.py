@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from spectral_peft.checkpoint import adapter_updates
 from spectral_peft.config import SpectralConfig
+from spectral_peft.embedding import SpectralEmbedding
 from spectral_peft.errors import SpectralError
 from spectral_peft.experts import ExpertLinear
-from spectral_peft.layer import SpectralEmbedding, SpectralLinear
+from spectral_peft.layer import SpectralLinear
 from spectral_peft.linalg import Factors, svd_of_product, truncated_svd
 
 

@@ -87,6 +87,12 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 f"Target module {self.key} already has an adapter of another PEFT method, which an adapter that "
                 "replaces the base weight would silence. Merge or unload the other one first."
             )
+        in_place = self.configs.get(adapter_name)
+        if in_place is not None and in_place.container != container:
+            raise ValueError(
+                f"{self.key}: there is an adapter '{adapter_name}' of the method {in_place.method} already. Choose "
+                "another name, or delete that one first."
+            )
         awaits_checkpoint = config.from_checkpoint and config.save_start
         if update.is_meta:
             update.to("meta")  # PEFT puts the parameters alone there
@@ -219,6 +225,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         replaced = self.replacing(self.active_adapters) is not None
+        if not replaced:
+            self.need_base_weight("a forward pass without the adapter in its place")
         return self.adapted(None if replaced else self.base_layer(x, *args, **kwargs), x, self.active_adapters)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
@@ -254,9 +262,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         """Whether the base weight was given up for an update that replaces it."""
         return self.base_parameter.numel() == 0
 
-    def need_base_weight(self, what: str) -> None:
-        """Raises SpectralError if the base weight was freed."""
-        if self.is_freed:
+    def need_base_weight(self, what: str, weight: Tensor | None = None) -> None:
+        """Raises SpectralError if the base weight, by default the one in use, was freed."""
+        if (self.base_parameter if weight is None else weight).numel() == 0:
             raise SpectralError(
                 f"{self.key}: {what} needs the base weight, which was freed because an adapter replaces it. Add the "
                 "adapter with `keep_base_weight=True` to keep it."
@@ -276,16 +284,27 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: this layer has no such adapter.
+            SpectralError: the adapter replaces the base weight, which was freed.
         """
         update = self.update_of(adapter)
         if update is None:
             raise ValueError(f"{self.key} has no adapter '{adapter}'; it has {sorted(self.configs)}.")
         self.settle(adapter)
-        with torch.autocast(update.fingerprint.device.type, enabled=False):
-            delta = update.matrix()
+        delta = self._matrix(update)
         if update.replaces:
-            delta = delta - self.effective_weight()
+            delta = delta - self._weight_before_merging()
         return delta.mT if self.weight_is_transposed else delta
+
+    @staticmethod
+    def _matrix(update: SpectralUpdate) -> Tensor:
+        with torch.autocast(update.fingerprint.device.type, enabled=False):
+            return update.matrix()
+
+    def _weight_before_merging(self) -> Tensor:
+        if self.unmerged_weight is None:
+            return self.effective_weight()
+        self.need_base_weight("the change by a merged adapter", self.unmerged_weight)
+        return self.unmerged_weight.mT if self.weight_is_transposed else self.unmerged_weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's `convert_to_lora` can express every change of a base weight that is still there."""
@@ -297,7 +316,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         update, base = self.update_of(adapter_name), self.get_base_weight()
         self.settle(adapter_name)
         if update is not None and update.replaces:
-            matrix = update.matrix()
+            matrix = self._matrix(update)
             return (matrix.mT if self.weight_is_transposed else matrix).to(base.dtype).contiguous()
         # The sum is rounded to the base's dtype once; adding a rounded change would round twice.
         return (base + self.get_delta_weight(adapter_name)).to(base.dtype)
@@ -328,12 +347,18 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             adapter_names: The adapters to merge.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged weight would hold NaN or Inf; it is then left as it was.
+            ValueError: with `safe_merge`, if the merged weight would hold NaN or Inf; or an adapter would replace a
+                weight into which others are merged. The weight is then left as it was.
             SpectralError: the base weight is quantized.
         """
         refuse_merging(self.quantization_backend, self.key)
         names = check_adapters_to_merge(self, adapter_names)
         replacing = self.replacing([*names, *self.merged_adapters])
+        if replacing in names and self.merged_adapters:
+            raise ValueError(
+                f"{self.key}: the adapter '{replacing}' replaces the weight, into which {self.merged_adapters} are "
+                "merged and would be lost. Call `unmerge_adapter` first, and merge all of them in one call."
+            )
         for adapter_name in sorted(names, key=lambda name: name != replacing):  # what replaces goes first
             self._merge_one_(adapter_name, safe_merge)
 
@@ -357,21 +382,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         return f"adapters={sorted(self.configs)}"
 
 
-class SpectralEmbedding(SpectralLinear):
-    """The same for nn.Embedding, whose inputs are indices: one-hot vectors."""
-
-    def new_update(self, config: SpectralConfig, r: int) -> SpectralUpdate:
-        update = super().new_update(config, r)
-        if not update.takes_indices:
-            raise TypeError(
-                f"Target module {self.key} is an nn.Embedding, on which {type(config).__name__} is not possible. "
-                "Leave it out with `exclude_modules`."
-            )
-        update.dropout = nn.Identity()  # indices cannot be dropped; PEFT's LoRA does not drop here either
-        return update
-
-    def change(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        change = super().change(adapter_name, x)
-        scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
-        # Some embeddings (Gemma's) multiply their output by a constant; the weight's change passes through it too.
-        return change if change is None or scale is None else change * scale
+def refuse_merged(model: nn.Module, before_what: str) -> None:
+    """Raises ValueError if an adapter of the model is merged."""
+    if any(isinstance(layer, SpectralLinear) and layer.merged for layer in model.modules()):
+        raise ValueError(f"There are merged adapters; call `unmerge_adapter` before {before_what}.")

@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from spectral_peft.errors import SpectralError
 from spectral_peft.experts import SpectralExperts
-from spectral_peft.layer import SpectralLinear
+from spectral_peft.layer import SpectralLinear, refuse_merged
 from spectral_peft.quantized import quantization_of
 
 
@@ -58,9 +58,10 @@ def export_merged(
         shard_bytes: Size above which a new file begins.
 
     Raises:
-        ValueError: the model has no such spectral adapter.
+        ValueError: the model has no such spectral adapter, or has merged one.
         SpectralError: `folder` holds something, or could not be written, because the disk is full for example.
     """
+    refuse_merged(model, "a merged model is exported")
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise SpectralError(f"{folder} is not empty. Export to a new folder, so that nothing there is lost.")

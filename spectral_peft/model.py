@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from spectral_peft.budget import share_budgets_
 from spectral_peft.card import tags_of
 from spectral_peft.checkpoint import (
+    adapter_in_place,
     adapter_updates,
     complete_state_dict,
     is_fresh,
     remove_adapter,
     start_keys,
     tensor_keys,
+    undo_injection,
     unwrapped,
     wrapped_keys,
 )
@@ -37,7 +39,7 @@ from spectral_peft.layer import SpectralLinear
 from spectral_peft.mixed_batch import adapter_per_sample
 from spectral_peft.quantized import name_of, refuse_merging
 from spectral_peft.targets import is_targeted, refuse_unmatched_patterns
-from spectral_peft.wrapping import wrap
+from spectral_peft.wrapping import refuse_fused, wrap
 
 
 class SpectralModel(BaseTuner):
@@ -58,6 +60,8 @@ class SpectralModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """PEFT's injection, with a progress bar; if it fails, the model is given back as it was."""
+        former = adapter_in_place(model, adapter_name)
+        _warn_of_ranks_of_another_model(self.peft_config[adapter_name])  # type: ignore[arg-type]
         self._clamped: list[str] = []
         self._energy_ranks: dict[str, int] = {}
         self._progress = tqdm(desc="Starting adapters", unit=" layers", delay=2, leave=False)
@@ -67,7 +71,7 @@ class SpectralModel(BaseTuner):
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
-            remove_adapter(model, adapter_name)
+            undo_injection(model, adapter_name, former)
             raise
         finally:
             self._progress.close()
@@ -76,6 +80,7 @@ class SpectralModel(BaseTuner):
         # ending of another one.
         config: SpectralConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         config.rank_pattern = {**self._energy_ranks, **config.rank_pattern}
+        config.was_measured = config.was_measured or bool(self._energy_ranks)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags(tags_of(config))  # PEFT's and the trainers' model cards have them from there
         # Only now: had a later layer failed, the weights of the earlier ones would be lost.
@@ -118,6 +123,7 @@ class SpectralModel(BaseTuner):
     def _layer(self, target: nn.Module, target_name: str, parent: nn.Module, key: str) -> SpectralLinear:
         if isinstance(target, SpectralLinear):
             return target
+        refuse_fused(parent, key)
         layer = wrap(target, key)
         # Before there is an update: PEFT moves what it finds to the device of the weight, which may be "meta".
         self._replace_module(parent, target_name, layer, target)
@@ -228,6 +234,14 @@ class SpectralModel(BaseTuner):
                         "broken: its update holds NaN or Inf. Nothing was merged."
                     )
 
+    def _refuse_empty_weights(self, merging: list[str] | None) -> None:
+        """Raises SpectralError where a freed base weight would come out of the unloading as it is: empty."""
+        for layer in self.model.modules():
+            if isinstance(layer, SpectralLinear):
+                names = layer.active_adapters if merging is None else merging
+                if layer.replacing([*names, *layer.merged_adapters]) is None:
+                    layer.need_base_weight("`unload`, or merging other adapters than the one in its place,")
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's merge; with `safe_merge` all layers are checked before the first one is merged."""
         if safe_merge:
@@ -241,6 +255,7 @@ class SpectralModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:  # the model, although PEFT declares None
+        self._refuse_empty_weights(adapter_names if merge else [])
         if merge and safe_merge:
             self._refuse_broken_delta(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -275,7 +290,8 @@ class SpectralModel(BaseTuner):
             f"{prefix}{k}" for prefix, _, update in adapter_updates(model, adapter_name) for k in update.state_dict()
         )
         own = {**{unwrapped(key): value for key, value in own.items()}, **{k: given[k] for k in keys if k in given}}
-        return {key: value for key, value in own.items() if key not in left_out}
+        # What a merged adapter has replaced is kept by its layers, and is none of its tensors.
+        return {k: v for k, v in own.items() if k not in left_out and not k.endswith(".unmerged_weight")}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -286,6 +302,8 @@ class SpectralModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT saves the base of adapted embeddings too; of one that was freed there is nothing to load.
+        state_dict = {k: v for k, v in state_dict.items() if v.numel() or not k.endswith(".base_layer.weight")}
         full = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in tensor_keys(model, adapter_name)}
         state_dict = {full.get(key, key): value for key, value in state_dict.items()}  # what PEFT missed: see above
         try:
@@ -294,6 +312,15 @@ class SpectralModel(BaseTuner):
             if is_fresh(model, adapter_name):
                 remove_adapter(model, adapter_name)
             raise
+
+
+def _warn_of_ranks_of_another_model(config: SpectralConfig) -> None:
+    if config.was_measured and not config.from_checkpoint:
+        warnings.warn(
+            f"The ranks that r={config.r!r} stands for were measured when this config was first used, and are kept. "
+            "Make a new config to measure them on this model.",
+            stacklevel=3,
+        )
 
 
 Config = TypeVar("Config", bound=type[SpectralConfig])

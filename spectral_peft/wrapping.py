@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from spectral_peft.layer import SpectralEmbedding, SpectralLinear
+from spectral_peft.embedding import SpectralEmbedding
+from spectral_peft.layer import SpectralLinear
 from spectral_peft.quantized import quantization_of
 from spectral_peft.unsupported import refuse_split_weight
 
@@ -34,6 +35,16 @@ def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
     refuse_split_weight(inner.weight, key)
     _check_weight(inner, key, backend is not None)
     return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
+
+
+def refuse_fused(parent: nn.Module, key: str) -> None:
+    """Raises TypeError for a layer of an nn.TransformerEncoderLayer, whose fast path calls none of its layers."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise TypeError(
+            f"Target module {key} belongs to an nn.TransformerEncoderLayer, which computes with the weights of its "
+            "layers without calling them in evaluation: an adapter there would have no effect then. Leave it out with "
+            "`exclude_modules`."
+        )
 
 
 def _check_weight(inner: nn.Module, key: str, is_quantized: bool) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_config
+from peft import PeftConfig, get_peft_config, get_peft_model
 
 from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig
 from spectral_peft.config import FORMAT_VERSION
 from tests.methods import Method
+from tests.models import llama, updates
 
 
 @pytest.mark.parametrize("r", [0, -1, 0.0, -0.5, 1.5, 64.0, True, None, "energy", "energy=0", "energy=2", "99%", [8]])
@@ -48,6 +50,21 @@ def test_wrong_fields_are_refused(method: Method, fields: dict[str, object], mes
 def test_pissa_needs_a_positive_alpha(alpha: float) -> None:
     with pytest.raises(ValueError, match="`alpha` should be positive"):
         PiSSAConfig(alpha=alpha)
+
+
+def test_a_copy_with_another_field_is_a_new_config(method: Method) -> None:
+    """It starts when it is added, as any config that no checkpoint belongs to."""
+    config = dataclasses.replace(method(), dropout=0.1)
+    assert not config.from_checkpoint
+    update = next(updates(get_peft_model(llama(), config)))
+    assert update.is_started()
+
+
+def test_ranks_that_were_measured_on_another_model_are_told(free_rank_method: Method) -> None:
+    config = free_rank_method(r="energy=0.5", target_modules=["up_proj"])
+    get_peft_model(llama(), config)
+    with pytest.warns(UserWarning, match="r='energy=0.5' stands for were measured when this config was first used"):
+        get_peft_model(llama(seed=1), config)
 
 
 def test_a_config_survives_its_file(method: Method, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from spectral_peft import SpectralError, SSTConfig, SVFitConfig, export_lora
@@ -49,6 +50,18 @@ def test_thin_changes_export_exactly(thin_method: Method, base: type, tmp_path: 
     assert len(errors) == sum(1 for _ in layers(model))
     lora = PeftModel.from_pretrained(base(), tmp_path)
     torch.testing.assert_close(logits(lora), expected, rtol=FUNCTION, atol=FUNCTION)
+
+
+def test_a_merged_adapter_exports_the_same(method: Method, tmp_path: Path) -> None:
+    model = trained(method(), llama(), method.lr)
+    rank = 8 if method.replaces else None
+    export_lora(model, tmp_path / "before", rank=rank)
+    model.merge_adapter()
+    errors = export_lora(model, tmp_path / "merged", rank=rank)
+    before, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "merged"))
+    assert before.keys() == merged.keys()
+    assert all(torch.equal(before[key], merged[key]) for key in before)
+    assert not method.replaces or max(errors.values()) > 0
 
 
 def test_servers_find_one_rank_and_one_scale(thin_method: Method, tmp_path: Path) -> None:

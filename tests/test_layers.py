@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -17,7 +17,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from spectral_peft import SpectralError
-from spectral_peft.layer import SpectralEmbedding
+from spectral_peft.embedding import SpectralEmbedding
 from tests.methods import METHODS, Method
 from tests.models import approximated_, batch, gpt2, layers, llama, logits, tensors, train_, updates
 from tests.tolerance import tolerance
@@ -39,6 +39,7 @@ class Tower(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2)
         self.quantized = nn.Linear(8, 8)
         self.renormalized = nn.Embedding(20, 8, max_norm=1.0)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.head = nn.Linear(8, 4)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -111,6 +112,32 @@ def test_an_embedding_scale_scales_the_update(embedding_method: Method) -> None:
     torch.testing.assert_close(change, expected, rtol=FUNCTION, atol=FUNCTION)
 
 
+def test_the_row_of_padding_does_not_train(embedding_method: Method) -> None:
+    base = tower()
+    base.embed = nn.Embedding(20, 8, padding_idx=3)
+    model = get_peft_model(base, embedding_method(r=4, target_modules=["embed"])).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        (model(IDS) ** 2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layer, weight = next(layers(model)), tower().embed.weight
+    # Zero up to the rounding of the SVD.
+    assert layer(torch.tensor([3])).abs().max() < FUNCTION
+    assert layer.merged_weight("default")[3].abs().max() < FUNCTION
+    assert not torch.equal(layer(torch.tensor([4])), weight[4:5])
+
+
+def test_a_name_is_that_of_one_method(method: Method) -> None:
+    model = tower()
+    other = next(each for each in METHODS if each.config is not method.config)
+    inject_adapter_in_model(method(r=4, target_modules=["up"]), model, "mine")
+    before = model(IDS)
+    with pytest.raises(ValueError, match=r"up: there is an adapter 'mine' of the method .* already"):
+        inject_adapter_in_model(other(r=4, target_modules=["up"]), model, "mine")
+    assert torch.equal(model(IDS), before)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -118,6 +145,7 @@ def test_an_embedding_scale_scales_the_update(embedding_method: Method) -> None:
         ("norm", r"norm is a LayerNorm; supported are"),
         ("quantized", r"quantized \(Linear\) is torch\.int8; supported are float16"),
         ("attention.out_proj", r"out_proj is the output projection of an nn\.MultiheadAttention, .* no effect"),
+        ("encoder.linear1", r"encoder\.linear1 belongs to an nn\.TransformerEncoderLayer.* no effect"),
         ("renormalized", r"renormalized is an nn\.Embedding that renormalizes"),
     ],
 )
@@ -174,7 +202,7 @@ def test_all_linear_leaves_the_head_out(method: Method) -> None:
     assert len(names) == 14
 
 
-@pytest.mark.parametrize(("bias", "expected"), [("none", 0), ("spectral_only", 2), ("all", 7)])
+@pytest.mark.parametrize(("bias", "expected"), [("none", 0), ("spectral_only", 2), ("all", 12)])
 def test_bias(method: Method, tmp_path: Path, bias: str, expected: int) -> None:
     model = get_peft_model(tower(), method(r=2, target_modules=["up", "conv1d"], bias=bias))
     trained = [name for name, value in model.named_parameters() if value.requires_grad and name.endswith("bias")]

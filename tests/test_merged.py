@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import spectral_peft.merged
-from spectral_peft import SCTConfig, SpectralError, SVFitConfig, build_factored, export_merged
+from spectral_peft import SCTConfig, SpectralError, SSTConfig, SVFitConfig, build_factored, export_merged
 from tests.methods import Method
-from tests.models import gpt2, llama, logits, train_
+from tests.models import gpt2, layers, llama, logits, train_
 from tests.test_factored import GPT2, LLAMA, sct
 from tests.tolerance import tolerance
 
@@ -33,6 +34,45 @@ def test_transformers_loads_the_merged_model(method: Method, base: type, tmp_pat
     assert torch.equal(logits(model), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(merged), expected, rtol=FUNCTION, atol=FUNCTION)
+
+
+def test_a_merged_adapter_is_not_merged_twice(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), SVFitConfig(r=8, target_modules="all-linear"))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="call `unmerge_adapter` before a merged model is exported"):
+        export_merged(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_adapter_is_saved_as_it_is(method: Method, tmp_path: Path) -> None:
+    model = get_peft_model(llama(), method())
+    train_(model, method.lr)
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    before, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "merged"))
+    assert before.keys() == merged.keys()
+    assert all(torch.equal(before[key], merged[key]) for key in before)
+
+
+def test_autocast_does_not_round_what_is_merged(method: Method) -> None:
+    model = get_peft_model(llama(), method())
+    train_(model, method.lr)
+    layer = next(layers(model))
+    expected = layer.merged_weight("default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.merged_weight("default"), expected)
+
+
+def test_an_adapter_that_replaces_is_not_merged_over_another(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), SSTConfig(r=4, pool=8, target_modules="all-linear"))
+    model.add_adapter("whole", SSTConfig(r=4, target_modules="all-linear"))
+    train_(model, 1e-2)
+    model.merge_adapter(["default"])
+    before = {layer.key: layer.base_parameter.clone() for layer in layers(model)}
+    with pytest.raises(ValueError, match=r"'whole' replaces the weight, into which .*default.* would be lost"):
+        model.merge_adapter(["whole"])
+    assert all(torch.equal(layer.base_parameter, before[layer.key]) for layer in layers(model))
 
 
 def test_a_head_that_was_trained_apart_from_its_embedding_is_not_tied_again(tmp_path: Path) -> None:

@@ -213,8 +213,7 @@ class SST(SpectralUpdate):
             return in_turn(len(S), self.r, iteration % self.schedule.iterations_per_round)
         if self.sampling == "top":
             return top(S, self.r)
-        digest = hashlib.sha256(f"{self.seed} {iteration}".encode()).digest()
-        return draw(PROBABILITIES[self.sampling](S), self.r, int.from_bytes(digest[:7], "big"))
+        return draw(PROBABILITIES[self.sampling](S), self.r, _number(f"{self.seed} {iteration}"))
 
     @torch.no_grad()
     def _swap(self, chosen: Tensor) -> None:
@@ -300,7 +299,8 @@ class SSTConfig(SpectralConfig):
             the memory of LoRA of rank K.
         steps_per_iteration: Optimizer steps between changes of the trained vectors.
         iterations_per_round: Iterations between SVDs of the weight; None means ceil(k / r), k the number of triplets.
-        warmup_steps: Optimizer steps of linear warm-up after every change of the trained vectors.
+        warmup_steps: Optimizer steps of linear warm-up after every change of the trained vectors, fewer than
+            `steps_per_iteration`; None means a fifth of these, and at most 20.
         sampling: "mixture": p_i = (1/k + S_i / sum S) / 2, as in the paper; or "uniform", "singular_values",
             "sequential", "top".
         gradient: "enhanced", as in the paper, or "default": the derivative.
@@ -324,7 +324,7 @@ class SSTConfig(SpectralConfig):
     pool: int | None = field(default=None, metadata={"help": "Train within this many leading triplets, additively."})
     steps_per_iteration: int = field(default=200, metadata={"help": "Optimizer steps between swaps of vectors."})
     iterations_per_round: int | None = field(default=None, metadata={"help": "Iterations between SVDs; ceil(k / r)."})
-    warmup_steps: int = field(default=20, metadata={"help": "Optimizer steps of warm-up after every swap."})
+    warmup_steps: int | None = field(default=None, metadata={"help": "Steps of warm-up after every swap; at most 20."})
     sampling: str = field(default="mixture", metadata={"help": f"How vectors are drawn: {', '.join(SAMPLING)}."})
     gradient: str = field(default="enhanced", metadata={"help": "'enhanced' or 'default'."})
     init: str = field(default="svd", metadata={"help": "'svd', or 'random' for an ablation."})
@@ -340,6 +340,11 @@ class SSTConfig(SpectralConfig):
         self._check_choice("frozen_dtype", (None, "bfloat16"))
         for name, least in (("steps_per_iteration", 1), ("iterations_per_round", 1), ("warmup_steps", 0), ("pool", 1)):
             self._check_least(name, least)
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps_per_iteration:
+            raise ValueError(
+                f"`warmup_steps` should be less than `steps_per_iteration` ({self.steps_per_iteration}), or the full "
+                f"learning rate is never reached; got {self.warmup_steps}."
+            )
         if self.pool is not None and isinstance(self.r, int) and self.r > self.pool:
             raise ValueError(f"`r` should be at most `pool` ({self.pool}), got {self.r}.")
         if not self.save_start:
@@ -350,7 +355,7 @@ class SSTConfig(SpectralConfig):
 
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         factors = super().decompose(weight, self._triplets(*weight.shape), key)
-        return _scrambled(factors) if self.init == "random" else factors
+        return _scrambled(factors, f"{self.seed} {key} start") if self.init == "random" else factors
 
     def for_changes(self, triplets: int) -> SSTConfig:
         """With the triplets of the change as its pool."""
@@ -363,10 +368,11 @@ class SSTConfig(SpectralConfig):
         k = self._triplets(size.out_features, size.in_features)
         size = size._replace(r=min(size.r, k))
         iterations = self.iterations_per_round or math.ceil(k / size.r)
+        warmup = min(20, self.steps_per_iteration // 5) if self.warmup_steps is None else self.warmup_steps
         update = (SST if self.pool is None else PooledSST)(
             size,
             k,
-            Schedule(self.steps_per_iteration, iterations, self.warmup_steps),
+            Schedule(self.steps_per_iteration, iterations, warmup),
             sampling=self.sampling,
             enhanced=self.gradient == "enhanced",
             seed=self.seed,
@@ -376,13 +382,18 @@ class SSTConfig(SpectralConfig):
         return update
 
 
+def _number(seed: str) -> int:
+    """A seed of a generator, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+
+
 def _normalize_(X: Tensor, dim: int) -> None:
     """`F.normalize` in place, bit by bit, without its copy of X."""
     X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
 
 
-def _scrambled(factors: Factors) -> Factors:
+def _scrambled(factors: Factors, seed: str) -> Factors:
     """The same singular values with random orthonormal vectors."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(_number(seed))
     U, Vh = (torch.randn(value.shape, generator=generator).to(value) for value in (factors.U, factors.Vh))
     return Factors(torch.linalg.qr(U).Q, factors.S, torch.linalg.qr(Vh.mT).Q.mT)

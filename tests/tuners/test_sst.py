@@ -236,6 +236,7 @@ def test_frozen_vectors_can_be_held_in_bfloat16() -> None:
         ({"steps_per_iteration": 0}, "`steps_per_iteration` should be at least 1, got 0"),
         ({"iterations_per_round": 0}, "`iterations_per_round` should be at least 1"),
         ({"warmup_steps": -1}, "`warmup_steps` should be at least 0"),
+        ({"warmup_steps": 5, "steps_per_iteration": 5}, r"`warmup_steps` should be less than `steps_per_iteration`"),
         ({"pool": 0}, "`pool` should be at least 1"),
         ({"r": 16, "pool": 8}, r"`r` should be at most `pool` \(8\), got 16"),
         ({"sampling": "random"}, "`sampling` should be one of 'mixture'"),
@@ -248,6 +249,37 @@ def test_frozen_vectors_can_be_held_in_bfloat16() -> None:
 def test_wrong_fields_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSTConfig(**fields)
+
+
+def test_the_warm_up_ends_within_an_iteration() -> None:
+    lengths = {200: 20, 100: 20, 50: 10, 4: 0, 1: 0}
+    for steps, expected in lengths.items():
+        schedule = SSTConfig(steps_per_iteration=steps).build(Size(8, 8, 4)).schedule
+        assert schedule.warmup_steps == expected
+        assert schedule.warmup(steps - 1) == 1
+
+
+def test_a_random_start_differs_by_layer_and_seed() -> None:
+    W = torch.randn(12, 8)
+    starts = [
+        SSTConfig(r=4, init="random", seed=seed).decompose(W, 4, key) for seed, key in [(0, "a"), (0, "b"), (1, "a")]
+    ]
+    again = SSTConfig(r=4, init="random").decompose(W, 4, "a")
+    assert torch.equal(again.U, starts[0].U)
+    for i in range(3):
+        torch.testing.assert_close(starts[i].S, torch.linalg.svdvals(W))
+        assert orthonormality_error(starts[i].U) < tolerance(torch.float32, 12)
+        assert all(not torch.allclose(starts[i].U, starts[j].U, atol=0.1) for j in range(i))
+
+
+@pytest.mark.parametrize("pool", [None, 6])
+@pytest.mark.parametrize("enhanced", ["enhanced", "default"])
+def test_an_expert_without_tokens(pool: int | None, enhanced: str) -> None:
+    update = sst(torch.randn(12, 8), pool=pool, gradient=enhanced)
+    y = update(torch.zeros(0, 8, requires_grad=True))
+    y.sum().backward()
+    assert y.shape == (0, 12)
+    assert not update.U.weight.grad.any()
 
 
 def test_a_freed_base_weight_is_named_where_it_is_needed() -> None:
