@@ -9,7 +9,7 @@ import argparse
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.cost import OWN, QUANTITIES, line_of, ratios, slopes
 from benchmarks.drawing import MARKERS, Label, Style, label_ends, label_points, panels, round_numbers, write
-from benchmarks.experiment import RESULTS, read_json
+from benchmarks.experiment import RESULTS
+from benchmarks.reading import MissingError, Run, best_runs, curves, read, spread_of
 
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-Run = dict[str, Any]
+SAME_RATE = 3e-4
 
 NAMES = {
     "full": "full rank",
@@ -51,10 +52,6 @@ COLOURS = {"pissa": 0, "lora": 1, "sst": 2, "sst-pool": 6, "svfit": 3, "sct": 4,
 COLOURS |= {"relora": 3, "galore": 4, "pissa-peft": 5}
 
 
-class MissingError(Exception):
-    """There are no results for a figure."""
-
-
 def method_of(experiment: str) -> str:
     """The longest known method that the name of an experiment begins with: "sst-pool" of "sst-pool-r8"."""
     known = [name for name in NAMES if experiment == name or experiment.startswith(f"{name}-")]
@@ -71,48 +68,6 @@ def label_of(experiment: str) -> str:
 def colour_of(experiment: str, style: Style) -> str:
     place = COLOURS.get(method_of(experiment), COLOURS["osf"])
     return style.ink if place < 0 else style.colours[place]
-
-
-# Results
-
-
-def best_runs(results: Path, task: str) -> dict[str, list[Run]]:
-    """By experiment the runs of all seeds at the learning rate with the least validation figure of the first seed."""
-    found: dict[str, list[Run]] = {}
-    for folder in sorted(path for path in (results / task).glob("*") if path.is_dir()):
-        runs = [run for run in map(read_json, sorted(folder.glob("lr*-seed*.json"))) if run["validation"] is not None]
-        if runs:
-            first = min(run["run"]["seed"] for run in runs)
-            search = [run for run in runs if run["run"]["seed"] == first]
-            best = min(search, key=lambda run: run["validation"])["run"]["learning_rate"]
-            found[folder.name] = [run for run in runs if run["run"]["learning_rate"] == best]
-    if not found:
-        raise MissingError(f"no runs in {task}")
-    return found
-
-
-def spread_of(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; 0 for one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def read(results: Path, pattern: str) -> dict[str, Any]:
-    """The JSON files of this pattern, by their name without the ending."""
-    found = {file.stem: read_json(file) for file in sorted(results.glob(pattern))}
-    if not found:
-        raise MissingError(f"no {pattern}")
-    return found
-
-
-def curves(runs: Iterable[Run], key: str) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Steps with the mean, the least and the largest value over the seeds."""
-    by_step: defaultdict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        for point in run["curve"]:
-            by_step[point["step"]].append(point[key])
-    steps = sorted(by_step)
-    values = [by_step[step] for step in steps]
-    return steps, [statistics.fmean(own) for own in values], [min(own) for own in values], [max(own) for own in values]
 
 
 def draw_curves(axes: Axes, arms: Mapping[str, list[Run]], key: str, style: Style) -> None:
@@ -190,14 +145,17 @@ def pretraining(results: Path, style: Style) -> Figure:
 
 
 def convergence(results: Path, style: Style) -> Figure:
-    """The training loss of PiSSA and LoRA on the causal task."""
-    runs = best_runs(results, "causal")
-    arms = {name: runs[name] for name in ("lora", "pissa", "pissa-peft") if name in runs}
-    if not {"lora", "pissa"} <= arms.keys():
+    """The training loss of PiSSA and LoRA on the causal task: at one rate, as in its paper, and each at its best."""
+    best = best_runs(results, "causal")
+    names = [name for name in ("lora", "pissa", "pissa-peft") if name in best]
+    if not {"lora", "pissa"} <= set(names):
         raise MissingError("no runs of lora and pissa in causal")
-    figure, (axes,) = panels(1, height=3.6)
-    axes.set(xlabel="steps", ylabel="training loss")
-    draw_curves(axes, arms, "train_loss", style)
+    same = {name: list(read(results, f"causal/{name}/lr{SAME_RATE:g}-seed*.json").values()) for name in names}
+    figure, grid = panels(2, height=3.4, width=10)
+    titles = f"learning rate {SAME_RATE:g} for both", "each at its best rate"
+    for axes, title, arms in zip(grid, titles, (same, {name: best[name] for name in names}), strict=True):
+        axes.set(title=title, xlabel="steps", ylabel="training loss")
+        draw_curves(axes, arms, "train_loss", style)
     return figure
 
 
