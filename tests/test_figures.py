@@ -112,7 +112,7 @@ def test_runs_are_those_of_the_best_rate(tmp_path: Path) -> None:
     write_runs(tmp_path)
     found = best_runs(tmp_path, "causal")
     assert "vera" not in found  # diverged
-    assert [(one["run"]["learning_rate"], one["run"]["seed"]) for one in found["lora"]] == [(3e-4, 0), (1e-3, 1)]
+    assert [(one["run"]["learning_rate"], one["run"]["seed"]) for one in found["lora"]] == [(3e-4, 0), (3e-4, 1)]
 
 
 def test_front_has_what_nothing_beats() -> None:
@@ -134,5 +134,5 @@ def test_names() -> None:
 @pytest.mark.parametrize("places", [[], [0.5], [0.1, 0.1, 0.1], [0.0, 0.05, 0.9], [0.98, 0.99, 1.0]])
 def test_labels_are_apart(places: list[float]) -> None:
     moved = spread(places, apart=0.1)
-    assert all(upper - lower > 0.1 - 3e-4 for lower, upper in pairwise(moved))
+    assert all(upper - lower > 0.1 - 1e-3 for lower, upper in pairwise(moved))
     assert all(-1e-9 < place < 1 + 1e-9 for place in moved)
