@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from spectral_peft import SCTConfig, create_spectral_optimizer, parameter_groups, untargeted_modules
+from spectral_peft import SCTConfig, create_spectral_optimizer, parameter_groups, step_in_backward, untargeted_modules
 from tests.methods import Method
 from tests.models import batch, gpt2, layers, llama, trainable, updates
 
@@ -89,3 +91,17 @@ def test_a_trainer_takes_the_optimizer_and_schedules_every_group(tmp_path: Path)
 def test_a_model_that_trains_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), 1e-3)
+
+
+def test_steps_in_backward_go_with_the_model(method: Method) -> None:
+    """And are taken as long as it is there, though nobody holds the optimizers."""
+    model = get_peft_model(llama(), method(modules_to_save=["lm_head"]))
+    before = [value.detach().clone() for value in trainable(model)]
+    step_in_backward(model, torch.optim.AdamW, lr=1e-2)
+    gc.collect()
+    model(input_ids=batch(), labels=batch()).loss.backward()
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+    left = [weakref.ref(value) for value in trainable(model)]
+    del model
+    gc.collect()
+    assert [value for value in left if value() is not None] == []
