@@ -77,7 +77,10 @@ class SpectralCallback(TrainerCallback):
             finish_step(self._steps, _unwrapped(optimizer))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the figures to the log of the loss, which the other callbacks get after this one."""
+        """Adds the figures to the log of the loss, which the other callbacks get after this one.
+
+        On every process, as the Trainer calls it: where parameters are sharded, they are gathered for the figures.
+        """
         logs, model = kwargs["logs"], kwargs["model"]
         if "loss" not in logs:
             return

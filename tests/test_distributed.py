@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_peft import SpectralError, step_in_backward
+from spectral_peft import SpectralError, spectral_statistics, step_in_backward
 from tests.methods import METHODS
 from tests.models import batch, llama, logits, trainable
 from tests.processes import Pair
@@ -81,6 +81,7 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_as_one_process(name: str, model: nn.Module, losses: list[float], **fields: Any) -> None:
+    """Losses, state, and the figures that are logged."""
     alone = adapted(name, **fields)
     expected = torch.tensor(train(alone, name, slice(None)), dtype=torch.float64)
     torch.testing.assert_close(mean_over_processes(losses), expected, rtol=1e-5, atol=0)
@@ -88,6 +89,8 @@ def same_as_one_process(name: str, model: nn.Module, losses: list[float], **fiel
     assert state.keys() == alone.state_dict().keys()
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: key + text)
+    figures = spectral_statistics(model, per_layer=True)
+    assert figures == pytest.approx(spectral_statistics(alone, per_layer=True), rel=1e-3, abs=1e-4)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -84,9 +84,7 @@ def test_every_part_is_watched(method: Method, name: str) -> None:
 def test_a_loaded_adapter_is_watched_too(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     """Also where loading it replaces its parameters."""
     get_peft_model(llama(), SST(r=4)).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(
-        llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     with pytest.warns(UserWarning, match="never ran"):
         train_by_hand_(model)
 
