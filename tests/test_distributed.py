@@ -107,15 +107,29 @@ def ddp(name: str, folder: Path, find_unused: bool) -> None:
     model = adapted(name)
     parallel = DistributedDataParallel(model, find_unused_parameters=find_unused)
     losses = train(parallel, name, own_rows())
-    for key, value in model.state_dict().items():
-        first = value.clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(first, value), key
+    assert_same_everywhere(model)
     same_as_one_process(name, model, losses)
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
     dist.barrier()
     assert torch.equal(logits(PeftModel.from_pretrained(llama(torch.float64), folder)), logits(model))
+
+
+def ddp_after_one_is_ahead(name: str) -> float:
+    """The second process has counted a step that the first has not."""
+    model = adapted(name)
+    if dist.get_rank() == 1:
+        train(model, name, slice(None), steps=1)
+    train(DistributedDataParallel(model), name, own_rows(), steps=3)
+    assert_same_everywhere(model)
+    return spectral_statistics(model)["spectral/swaps"]
+
+
+def assert_same_everywhere(model: nn.Module) -> None:
+    for key, value in model.state_dict().items():
+        first = value.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, value), key
 
 
 def fsdp2(name: str, folder: Path, fields: dict[str, Any]) -> None:
@@ -223,6 +237,10 @@ def flattened(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("find_unused", [False, True], ids=["bare", "find_unused_parameters"])
 def test_ddp_is_one_process_on_the_joint_batch(pair, tmp_path, method, find_unused):
     pair.run(ddp, method.name, tmp_path, find_unused)
+
+
+def test_ddp_counts_as_the_first_process_does(pair):
+    assert pair.run(ddp_after_one_is_ahead, "sst") == [1, 1]
 
 
 def test_fsdp2_is_one_process_on_the_joint_batch(pair, tmp_path, method):
