@@ -120,9 +120,9 @@ def _look_up(optimizer: Optimizer) -> WeakKeyDictionary[SpectralUpdate, _Part]:
     parts: WeakKeyDictionary[SpectralUpdate, _Part] = WeakKeyDictionary()
     for update in _driven:
         trained = [value for _, value in update.trained_parameters()]
-        part = _Part([value for value in trained if id(value) in ids], [v for v in trained if id(v) not in ids])
-        if part.own:
-            parts[update] = part
+        own = [value for value in trained if id(value) in ids]
+        if own:
+            parts[update] = _Part(own, [value for value in trained if id(value) not in ids])
     return parts
 
 
@@ -323,7 +323,8 @@ def spectral_step(model: nn.Module, optimizer: Any = None) -> Iterator[None]:
     Args:
         model: A model with spectral adapters.
         optimizer: What keeps state of the parameters, by parameter in its `state`, which is reset where a schedule
-            makes it stale. None if nothing does.
+            makes it stale. None if nothing does. A torch optimizer that a GradScaler may keep from its first step has
+            to be named: before that step nothing else tells that it moves the parameters.
     """
     steps = begin_step((update for update in trained_updates(model) if update.scheduled), optimizer)
     yield

@@ -156,6 +156,20 @@ class Around(torch.optim.Optimizer):
         self.inner.step()
 
 
+def test_a_step_that_raised_is_no_step() -> None:
+    module = model()
+    optimizer = torch.optim.AdamW(trainable(module), lr=1e-3)
+
+    def closure() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert steps(module) == {0}
+    train_(module, lr=1e-3, steps=2, optimizer=optimizer)
+    assert steps(module) == {2}
+
+
 def test_a_step_within_a_step_counts_once() -> None:
     module = model()
     train_(module, lr=1e-3, steps=3, optimizer=Around(torch.optim.AdamW(trainable(module), lr=1e-3)))
