@@ -65,17 +65,22 @@ class SpectralCallback(TrainerCallback):
         take_resets(optimizer)
         self._spectra_due = state.global_step + (self.spectra_every or 0)
         self._scheduled = [update for update in trained_updates(model) if update.scheduled]
-        self._steps = begin_step(self._scheduled)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a schedule does before the step, where torch's hooks will not."""
+        self._steps = begin_step(self._scheduled, _unwrapped(kwargs["optimizer"]))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The spectral step, where torch's hooks have not seen one."""
         optimizer = kwargs["optimizer"]
         if not getattr(optimizer, "step_was_skipped", False):
             finish_step(self._steps, _unwrapped(optimizer))
-        self._steps = begin_step(self._scheduled)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds the figures to the log of the loss, which the other callbacks get after this one."""
+        """Adds the figures to the log of the loss, which the other callbacks get after this one.
+
+        On every process, as the Trainer calls it: where parameters are sharded, they are gathered for the figures.
+        """
         logs, model = kwargs["logs"], kwargs["model"]
         if "loss" not in logs:
             return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,6 +16,10 @@ from spectral_peft.update import SpectralUpdate
 
 REFERENCE_HEIGHT = 1024
 """The height of a factor at which `factor_lr` is its learning rate."""
+
+
+# By the module whose parameters they step: a copy of a model, or a pickled one, has none of them.
+_in_backward: WeakKeyDictionary[nn.Module, list[Optimizer]] = WeakKeyDictionary()
 
 
 class _Kind(NamedTuple):
@@ -131,7 +137,8 @@ def step_in_backward(
         kwargs: Further arguments of `optimizer_cls`.
 
     Returns:
-        The optimizers, to make learning rate schedulers for them and to save their state.
+        The optimizers, to make learning rate schedulers for them and to save their state. They live as long as the
+        modules that hold the parameters, whether the list is kept or not.
 
     Raises:
         ValueError: nothing in the model trains.
@@ -141,25 +148,39 @@ def step_in_backward(
     groups = parameter_groups(model, lr, factor_lr=factor_lr, value_lr=value_lr, weight_decay=weight_decay)
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     optimizers = []
-    for unit in _units(model):
+    for module, unit in _units(model):
         own = [{**group_of[id(parameter)], "params": [parameter]} for parameter in unit]
         optimizers.append(optimizer_cls(own, lr=lr, **kwargs))  # type: ignore[call-arg]
+        _in_backward.setdefault(module, []).append(optimizers[-1])
         _step_when_complete(optimizers[-1], unit)
     return optimizers
 
 
-def _units(model: nn.Module) -> list[list[nn.Parameter]]:
-    """What has to be stepped together: what an update trains; every other parameter by itself."""
-    updates = [module for module in model.modules() if isinstance(module, SpectralUpdate)]
-    units = [[value for _, value in update.trained_parameters() if value.requires_grad] for update in updates]
-    taken = {id(parameter) for unit in units for parameter in unit}
-    others = [[value] for value in model.parameters() if value.requires_grad and id(value) not in taken]
-    return [unit for unit in units + others if unit]
+def _units(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """What has to be stepped together, and its module: what an update trains; every other parameter by itself."""
+    taken: set[int] = set()
+    for update in model.modules():
+        if isinstance(update, SpectralUpdate):
+            unit = [value for _, value in update.trained_parameters() if value.requires_grad]
+            taken.update(map(id, unit))
+            if unit:
+                yield update, unit
+    for module in model.modules():
+        for value in module.parameters(recurse=False):
+            if value.requires_grad and id(value) not in taken:
+                taken.add(id(value))
+                yield module, [value]
 
 
 def _step_when_complete(optimizer: Optimizer, unit: list[nn.Parameter]) -> None:
+    # A parameter holds its hooks where Python's garbage collector does not look: what they hold strongly, and what
+    # that refers to, would be there for ever if the parameter is part of it.
+    stepped, parameters = ref(optimizer), [ref(parameter) for parameter in unit]
+
     def step(_: nn.Parameter) -> None:
-        if all(parameter.grad is not None for parameter in unit):
+        optimizer = stepped()
+        complete = all(value is not None and value.grad is not None for value in (known() for known in parameters))
+        if optimizer is not None and complete:
             optimizer.step()
             optimizer.zero_grad()
 

@@ -37,8 +37,10 @@ class Schedule(NamedTuple):
 class Count:
     """The number in a buffer that counts steps, without waiting for the buffer's device at every step.
 
-    It is read from there once, and again after anything but `add_one_` has written to the buffer or replaced it, such
-    as loading a checkpoint.
+    It is read from there once, and again after anything but `add_one_` has replaced the buffer or written to it in a
+    way that autograd counts: loading a checkpoint, `copy_`, DDP's broadcast of buffers. That one comes with every
+    forward pass, so that every step reads; DDP's `broadcast_buffers=False` saves it. Not seen is what autograd does
+    not count: writing through `.data`, and `torch.distributed.broadcast` of the buffer itself.
     """
 
     def __init__(self) -> None:

@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.linalg import effective_rank, orthonormality_error
+from spectral_peft.sharded import whole
 from spectral_peft.training import trained_updates
 from spectral_peft.update import SpectralUpdate
 
@@ -27,27 +28,41 @@ def spectral_statistics(model: nn.Module, *, per_layer: bool = False) -> dict[st
     - ``spectral/<module>/effective_rank``, ``largest_value`` and ``smallest_value``: with `per_layer`, of each weight;
       the values are magnitudes.
 
-    Costs about as much as one retraction of all factors; for PiSSA that of an SVD of its small matrices.
+    Costs about as much as one retraction of all factors; for PiSSA that of an SVD of its small matrices. Where FSDP2
+    has sharded parameters, they are gathered for one weight at a time: every process has to call this.
 
     Args:
         model: A model with spectral adapters; empty without one that trains.
         per_layer: Whether figures of every weight are added.
     """
-    updates = trained_updates(model)
+    spectra: dict[SpectralUpdate, dict[str, float]] = {}
     figures: defaultdict[str, list[float]] = defaultdict(list)
-    for update in updates:
-        values = update.singular_values()
-        if values is not None:
-            figures["effective_rank"].append(float(effective_rank(values)))
+    errors: list[float] = []
+    for update in trained_updates(model):
+        with whole(update):
+            values = update.singular_values()
+            if values is not None:
+                spectra[update] = _spectrum(values)
+                figures["effective_rank"].append(spectra[update]["effective_rank"])
+            if update.orthonormal:
+                errors.append(_orthonormality_error(update))
         for name, value in update.statistics().items():
             figures[name].append(value)
     entries = {f"spectral/{name}": sum(values) / len(values) for name, values in figures.items()}
-    errors = [_orthonormality_error(update) for update in updates if update.orthonormal]
     if errors:
         entries["spectral/orthonormality_error"] = max(errors)
     if per_layer:
-        entries.update(_spectra(model, {*updates}))
+        entries.update(_by_layer(model, spectra))
     return entries
+
+
+def _spectrum(values: Tensor) -> dict[str, float]:
+    magnitudes = values.abs()
+    return {
+        "effective_rank": float(effective_rank(values)),
+        "largest_value": float(magnitudes.max()),
+        "smallest_value": float(magnitudes.min()),
+    }
 
 
 def _orthonormality_error(update: SpectralUpdate) -> float:
@@ -55,12 +70,10 @@ def _orthonormality_error(update: SpectralUpdate) -> float:
     return max(float(orthonormality_error(X if X.shape[0] >= X.shape[1] else X.mT)) for X in factors)
 
 
-def _spectra(model: nn.Module, updates: set[SpectralUpdate]) -> Iterator[tuple[str, float]]:
+def _by_layer(model: nn.Module, spectra: dict[SpectralUpdate, dict[str, float]]) -> Iterator[tuple[str, float]]:
     for layer in model.modules():
         if isinstance(layer, SpectralLinear):
-            for update in updates.intersection(map(layer.update_of, layer.configs)):
-                values = update.singular_values()
-                if values is not None:
-                    yield f"spectral/{layer.key}/effective_rank", float(effective_rank(values))
-                    yield f"spectral/{layer.key}/largest_value", float(values.abs().max())
-                    yield f"spectral/{layer.key}/smallest_value", float(values.abs().min())
+            for update in map(layer.update_of, layer.configs):
+                if update in spectra:
+                    for name, value in spectra[update].items():
+                        yield f"spectral/{layer.key}/{name}", value

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,50 @@ from spectral_peft.update import SpectralUpdate
 from spectral_peft.watch import count_as_driven, count_step, steps_seen, watch
 
 
+class _Part(NamedTuple):
+    """The trained parameters of an update that one optimizer holds, and the others of that update."""
+
+    own: list[nn.Parameter]
+    others: list[nn.Parameter]
+
+
 class _Held(NamedTuple):
-    """What an optimizer moves, as it was looked up: updates with the parameter by which they were found.
+    """What an optimizer moves, as it was looked up.
 
     Attributes:
         seen: The calls of `drive` and the number of parameters of the optimizer at that time.
-        updates: Only referred to: an optimizer does not keep an adapter alive that was deleted.
+        parts: By update. Only referred to: an optimizer does not keep an adapter alive that was deleted.
     """
 
     seen: tuple[int, int]
-    updates: list[tuple[ReferenceType[SpectralUpdate], nn.Parameter]]
+    parts: WeakKeyDictionary[SpectralUpdate, _Part]
+
+
+class _Step:
+    """A step of one update, in which several optimizers may step one after the other.
+
+    It begins with the first of them, and ends when every trained parameter has been stepped. What no optimizer holds
+    is waited for once: until the one that began steps again, or another one does for the second time. After that only
+    what some optimizer is known to hold.
+
+    Attributes:
+        first: The parameters, by their identity, of the optimizer with which steps begin.
+        stepped: Those that have been stepped since this step began.
+        is_open: Whether an optimizer has begun that has not ended.
+        has_ended: Whether there was a step before this one.
+    """
+
+    def __init__(self, first: set[int]) -> None:
+        self.first = first
+        self.stepped: set[int] = set()
+        self.is_open = self.has_ended = False
+
+    def is_overdue(self, own: set[int]) -> bool:
+        """Whether an optimizer of these parameters begins the next step: one of them has left out this one."""
+        return bool(self.stepped) and not own.isdisjoint(self.stepped | self.first)
+
+    def end(self) -> None:
+        self.stepped, self.is_open, self.has_ended = set(), False, True
 
 
 # Names of optimizer state that starts at zero: of torch, transformers, bitsandbytes and torchao.
@@ -46,13 +80,14 @@ _CODE_BOOKS = {"qmap1", "qmap2", "qmap"}
 # same on every process and after a resume. A WeakSet has no order.
 _driven: WeakKeyDictionary[SpectralUpdate, None] = WeakKeyDictionary()
 _drives = 0
-_held: WeakKeyDictionary[Optimizer, _Held] = WeakKeyDictionary()
+_held: WeakKeyDictionary[Optimizer, _Held] = WeakKeyDictionary()  # those that have stepped
+_steps: WeakKeyDictionary[SpectralUpdate, _Step] = WeakKeyDictionary()
 # By optimizer: the parameters whose state was reset, by their identity, until `take_resets` asks for them.
 _resets: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
 
 def drive(updates: Iterable[SpectralUpdate]) -> None:
-    """Gives these updates their spectral step after every step of the optimizer that holds their parameters.
+    """Gives these updates their spectral step after every step of the optimizers that hold their parameters.
 
     Through torch's global optimizer hooks, so that Trainer, TRL, accelerate and bare loops need no code for it, and
     steps that a GradScaler skips are not counted.
@@ -65,25 +100,30 @@ def drive(updates: Iterable[SpectralUpdate]) -> None:
             watch(update)
 
 
-def steps_of(optimizer: Optimizer) -> Iterator[SpectralUpdate]:
-    """The driven updates whose parameters this optimizer moves."""
+def _parts(optimizer: Optimizer) -> Iterator[tuple[SpectralUpdate, set[int], _Part]]:
+    """The driven updates of which this optimizer moves parameters, with the identities of those that train now."""
     if not _driven:
         return
     # Noted per optimizer: a loop that has one for each layer would look through all updates for each of them.
     seen = _drives, sum(len(group["params"]) for group in optimizer.param_groups)
     held = _held.get(optimizer)
     if held is None or held.seen != seen:
-        ids = {id(value) for group in optimizer.param_groups for value in group["params"]}
-        found = ((ref(update), _first_parameter(update)) for update in _driven)
-        held = _held[optimizer] = _Held(seen, [(update, value) for update, value in found if id(value) in ids])
-    for reference, parameter in held.updates:
-        update = reference()
-        if update is not None and parameter.requires_grad:
-            yield update
+        held = _held[optimizer] = _Held(seen, _look_up(optimizer))
+    for update, part in held.parts.items():
+        own = {id(value) for value in part.own if value.requires_grad}
+        if own:
+            yield update, own, part
 
 
-def _first_parameter(update: SpectralUpdate) -> nn.Parameter:
-    return next(value for _, value in update.trained_parameters())
+def _look_up(optimizer: Optimizer) -> WeakKeyDictionary[SpectralUpdate, _Part]:
+    ids = {id(value) for group in optimizer.param_groups for value in group["params"]}
+    parts: WeakKeyDictionary[SpectralUpdate, _Part] = WeakKeyDictionary()
+    for update in _driven:
+        trained = [value for _, value in update.trained_parameters()]
+        own = [value for value in trained if id(value) in ids]
+        if own:
+            parts[update] = _Part(own, [value for value in trained if id(value) not in ids])
+    return parts
 
 
 @torch.no_grad()
@@ -126,8 +166,8 @@ def take_resets(optimizer: Any) -> set[int]:
     return _resets.pop(optimizer, set())
 
 
-def take_step(updates: Iterable[SpectralUpdate], optimizer: Any) -> None:
-    """The spectral step of updates that a step of `optimizer` moved."""
+def take_step(updates: Iterable[SpectralUpdate], optimizers: Iterable[Any]) -> None:
+    """The spectral step of updates that were moved; state of theirs that it makes stale is reset in `optimizers`."""
     by_class: defaultdict[type[SpectralUpdate], list[SpectralUpdate]] = defaultdict(list)
     stale: list[nn.Parameter] = []
     for update in updates:
@@ -139,9 +179,11 @@ def take_step(updates: Iterable[SpectralUpdate], optimizer: Any) -> None:
             by_class[type(update)].append(update)
     for update_cls, group in by_class.items():
         stale += update_cls.after_optimizer_step_of(group)
-    if stale and optimizer is not None:
-        reset_state(optimizer, stale)
-        _resets.setdefault(optimizer, set()).update(map(id, stale))
+    for optimizer in optimizers if stale else ():
+        held = [parameter for parameter in stale if parameter in optimizer.state]
+        if held:
+            reset_state(optimizer, held)
+            _resets.setdefault(optimizer, set()).update(map(id, held))
 
 
 def _begin(update: SpectralUpdate) -> None:
@@ -159,24 +201,73 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    updates = list(steps_of(optimizer))
-    if updates and isinstance(optimizer, torch.optim.LBFGS):
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    parts = [(update, own) for update, own, _ in _parts(optimizer)]
+    if parts and isinstance(optimizer, torch.optim.LBFGS):
         raise SpectralError(
-            f"{type(updates[0]).__name__} changes its parameters after every step, which makes the history of LBFGS "
+            f"{type(parts[0][0]).__name__} changes its parameters after every step, which makes the history of LBFGS "
             "wrong. Use an optimizer with a state for each parameter, such as AdamW."
         )
-    if not (updates and _is_skipped(optimizer)):
+    if not parts or _is_skipped(optimizer):
+        return None
+    steps = {update: _steps.setdefault(update, _Step(own)) for update, own in parts}
+    _end([update for update, own in parts if steps[update].is_overdue(own)])
+    begun = [update for update, step in steps.items() if not step.stepped]
+    for update in begun:
+        steps[update].is_open = True
+    return _begin_with(begun, args, kwargs)
+
+
+def _begin_with(updates: Iterable[SpectralUpdate], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Begins now, or where the step is given a closure after that: it is the closure that computes the gradients.
+
+    Returns:
+        The changed arguments of the step, if so.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
         for update in updates:
             _begin(update)
+        return None
+
+    def then_begin() -> Any:
+        loss = closure()
+        for update in updates:
+            _begin(update)
+        return loss
+
+    return ((args[0], then_begin, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": then_begin})
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    updates = list(steps_of(optimizer))
-    for update in updates:
+    parts = list(_parts(optimizer))
+    for update, _, _ in parts:
         count_step(update)
-    if updates and not _is_skipped(optimizer):
-        take_step(updates, optimizer)
+    if not parts or _is_skipped(optimizer):
+        return
+    ended = []
+    for update, own, part in parts:
+        step = _steps.get(update)
+        if step is not None and step.is_open:  # not so for an optimizer around one that has ended it
+            step.stepped |= own
+            if not _awaited(update, step, part.others):
+                ended.append(update)
+    _end(ended)
+
+
+def _awaited(update: SpectralUpdate, step: _Step, others: list[nn.Parameter]) -> bool:
+    """Whether another optimizer has yet to step some of these parameters."""
+    missing = {id(value) for value in others if value.requires_grad} - step.stepped
+    if not (missing and step.has_ended):
+        return bool(missing)
+    known = (held.parts[update].own for held in _held.values() if update in held.parts)
+    return any(id(value) in missing for own in known for value in own)
+
+
+def _end(updates: list[SpectralUpdate]) -> None:
+    for update in updates:
+        _steps[update].end()
+    take_step(updates, list(_held))
 
 
 register_optimizer_step_pre_hook(_before)
@@ -186,21 +277,29 @@ register_optimizer_step_post_hook(_after)
 # Where they do not
 
 
-def begin_step(updates: Iterable[SpectralUpdate]) -> dict[SpectralUpdate, int]:
+def begin_step(updates: Iterable[SpectralUpdate], optimizer: Any) -> dict[SpectralUpdate, int]:
     """Before a step of whatever moves these updates; what it returns is for `finish_step`."""
     steps = {update: steps_seen(update) for update in updates}
-    for update, seen in steps.items():
-        if not seen:  # the hooks do it themselves
+    held = _held_updates(optimizer)
+    for update in steps:
+        if update not in held:  # otherwise the hooks do it themselves
             _begin(update)
     return steps
 
 
 def finish_step(steps: dict[SpectralUpdate, int], optimizer: Any) -> None:
-    """The spectral step of those updates whose step no hook has seen since `begin_step`."""
-    missed = [update for update, seen in steps.items() if steps_seen(update) == seen]
+    """The spectral step of those updates that no torch optimizer moves: a step of one that no hook saw was skipped."""
+    held = _held_updates(optimizer)
+    missed = [update for update, seen in steps.items() if steps_seen(update) == seen and update not in held]
     for update in missed:
         count_as_driven(update)
-    take_step(missed, optimizer)
+    take_step(missed, [] if optimizer is None else [optimizer])
+
+
+def _held_updates(optimizer: Any) -> set[SpectralUpdate]:
+    """Those of which a torch optimizer moves parameters: this one, if it is one, or one that has stepped."""
+    known = {*_held, optimizer} if isinstance(optimizer, Optimizer) else {*_held}
+    return {update for each in known for update, _, _ in _parts(each)}
 
 
 def trained_updates(model: nn.Module) -> list[SpectralUpdate]:
@@ -224,8 +323,9 @@ def spectral_step(model: nn.Module, optimizer: Any = None) -> Iterator[None]:
     Args:
         model: A model with spectral adapters.
         optimizer: What keeps state of the parameters, by parameter in its `state`, which is reset where a schedule
-            makes it stale. None if nothing does.
+            makes it stale. None if nothing does. A torch optimizer that a GradScaler may keep from its first step has
+            to be named: before that step nothing else tells that it moves the parameters.
     """
-    steps = begin_step(update for update in trained_updates(model) if update.scheduled)
+    steps = begin_step((update for update in trained_updates(model) if update.scheduled), optimizer)
     yield
     finish_step(steps, optimizer)

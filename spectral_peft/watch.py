@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from spectral_peft.update import SpectralUpdate
@@ -19,7 +20,7 @@ ENTRIES = 16
 
 # By update: the steps of torch optimizers that moved it. 0 where something else drives it.
 _steps: WeakKeyDictionary[SpectralUpdate, int] = WeakKeyDictionary()
-_watches: WeakKeyDictionary[SpectralUpdate, _Watch] = WeakKeyDictionary()
+_watches: WeakKeyDictionary[SpectralUpdate, list[_Watch]] = WeakKeyDictionary()
 _warned = False
 
 
@@ -46,17 +47,18 @@ def watch(update: SpectralUpdate) -> None:
     """
     if not update.scheduled or update in _watches:
         return
-    parameter = next(value for _, value in update.trained_parameters())
-    if parameter.requires_grad:
-        _watches[update] = _Watch(update, parameter)
-        if _start_again not in update._load_state_dict_post_hooks.values():  # a copy has the hooks of the original
-            update.register_load_state_dict_post_hook(_start_again)  # type: ignore[no-untyped-call]
+    _watches[update] = [_Watch(update, value) for _, value in update.trained_parameters() if value.requires_grad]
+    if _start_again not in update._load_state_dict_post_hooks.values():  # a copy has the hooks of the original
+        update.register_load_state_dict_post_hook(_start_again)  # type: ignore[no-untyped-call]
 
 
 def _start_again(update: nn.Module, _: Any) -> None:
-    """What a checkpoint changes was not trained."""
+    """What a checkpoint changes was not trained, and it may have put other parameters in the place of the watched."""
     if isinstance(update, SpectralUpdate) and update in _watches:
-        _watches[update].changes, _watches[update].noted = 0, None
+        for one in _watches.pop(update):
+            one.handle.remove()
+        if update not in _steps:
+            watch(update)
 
 
 class _Watch:
@@ -77,7 +79,9 @@ class _Watch:
         self.passes += 1
         if self.passes & (self.passes - 1):
             return
-        now = parameter.detach().flatten()[:ENTRIES].clone()
+        own = parameter.detach()
+        own = own.to_local() if isinstance(own, DTensor) else own  # loaded after it was sharded
+        now = own.flatten()[:ENTRIES].clone()
         if self.noted is not None and not now.equal(self.noted):
             self.changes += 1
         self.noted = now

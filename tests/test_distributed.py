@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_peft import SpectralError, step_in_backward
+from spectral_peft import SpectralError, spectral_statistics, step_in_backward
 from tests.methods import METHODS
 from tests.models import batch, llama, logits, trainable
 from tests.processes import Pair
@@ -81,6 +81,7 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_as_one_process(name: str, model: nn.Module, losses: list[float], **fields: Any) -> None:
+    """Losses, state, and the figures that are logged."""
     alone = adapted(name, **fields)
     expected = torch.tensor(train(alone, name, slice(None)), dtype=torch.float64)
     torch.testing.assert_close(mean_over_processes(losses), expected, rtol=1e-5, atol=0)
@@ -88,6 +89,8 @@ def same_as_one_process(name: str, model: nn.Module, losses: list[float], **fiel
     assert state.keys() == alone.state_dict().keys()
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: key + text)
+    figures = spectral_statistics(model, per_layer=True)
+    assert figures == pytest.approx(spectral_statistics(alone, per_layer=True), rel=1e-3, abs=1e-4)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -104,15 +107,29 @@ def ddp(name: str, folder: Path, find_unused: bool) -> None:
     model = adapted(name)
     parallel = DistributedDataParallel(model, find_unused_parameters=find_unused)
     losses = train(parallel, name, own_rows())
-    for key, value in model.state_dict().items():
-        first = value.clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(first, value), key
+    assert_same_everywhere(model)
     same_as_one_process(name, model, losses)
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
     dist.barrier()
     assert torch.equal(logits(PeftModel.from_pretrained(llama(torch.float64), folder)), logits(model))
+
+
+def ddp_after_one_is_ahead(name: str) -> float:
+    """The second process has counted a step that the first has not."""
+    model = adapted(name)
+    if dist.get_rank() == 1:
+        train(model, name, slice(None), steps=1)
+    train(DistributedDataParallel(model), name, own_rows(), steps=3)
+    assert_same_everywhere(model)
+    return spectral_statistics(model)["spectral/swaps"]
+
+
+def assert_same_everywhere(model: nn.Module) -> None:
+    for key, value in model.state_dict().items():
+        first = value.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, value), key
 
 
 def fsdp2(name: str, folder: Path, fields: dict[str, Any]) -> None:
@@ -220,6 +237,10 @@ def flattened(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("find_unused", [False, True], ids=["bare", "find_unused_parameters"])
 def test_ddp_is_one_process_on_the_joint_batch(pair, tmp_path, method, find_unused):
     pair.run(ddp, method.name, tmp_path, find_unused)
+
+
+def test_ddp_counts_as_the_first_process_does(pair):
+    assert pair.run(ddp_after_one_is_ahead, "sst") == [1, 1]
 
 
 def test_fsdp2_is_one_process_on_the_joint_batch(pair, tmp_path, method):

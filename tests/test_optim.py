@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,9 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from spectral_peft import SCTConfig, create_spectral_optimizer, parameter_groups, untargeted_modules
+from spectral_peft import SCTConfig, create_spectral_optimizer, parameter_groups, step_in_backward, untargeted_modules
 from tests.methods import Method
-from tests.models import batch, gpt2, layers, llama, trainable, updates
+from tests.models import batch, gpt2, layers, llama, train_, trainable, updates
 
 
 def rates(groups: list[dict[str, object]]) -> dict[int, tuple[float, float]]:
@@ -89,3 +91,28 @@ def test_a_trainer_takes_the_optimizer_and_schedules_every_group(tmp_path: Path)
 def test_a_model_that_trains_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False), 1e-3)
+
+
+def test_steps_in_backward_are_those_of_a_plain_loop(method: Method) -> None:
+    plain, other = (get_peft_model(llama(), method(modules_to_save=["lm_head"])) for _ in range(2))
+    train_(plain, 1e-2, steps=4, optimizer=create_spectral_optimizer(plain, torch.optim.AdamW, lr=1e-2))
+    step_in_backward(other, torch.optim.AdamW, lr=1e-2)
+    other.train()
+    for number in range(4):
+        other(input_ids=batch(number), labels=batch(number)).loss.backward()
+    for (name, expected), value in zip(plain.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_steps_in_backward_go_with_the_model(method: Method) -> None:
+    """And are taken as long as it is there, though nobody holds the optimizers."""
+    model = get_peft_model(llama(), method(modules_to_save=["lm_head"]))
+    before = [value.detach().clone() for value in trainable(model)]
+    step_in_backward(model, torch.optim.AdamW, lr=1e-2)
+    gc.collect()
+    model(input_ids=batch(), labels=batch()).loss.backward()
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+    left = [weakref.ref(value) for value in trainable(model)]
+    del model
+    gc.collect()
+    assert [value for value in left if value() is not None] == []

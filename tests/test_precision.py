@@ -97,7 +97,8 @@ def test_the_change_of_16_bit_factors_is_right_relative_to_itself(method: Method
 @pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-2])
 def test_small_steps_of_singular_values_add_up_in_bfloat16(method: Method, step: float) -> None:
     """As far as 32 roundings let them; the values themselves would not move at all: theirs are steps of 0.4 %."""
-    model = get_peft_model(llama(torch.bfloat16), method(), autocast_adapter_dtype=False)
+    alone = {"steps_per_iteration": 100, "warmup_steps": 0} if method.name.startswith("sst") else {}
+    model = get_peft_model(llama(torch.bfloat16), method(**alone), autocast_adapter_dtype=False)
     values = [update.dS.weight for update in updates(model)]
     starts = [update.S.weight.detach().clone() for update in updates(model)]
     optimizer = torch.optim.SGD(values, lr=step)
@@ -107,12 +108,8 @@ def test_small_steps_of_singular_values_add_up_in_bfloat16(method: Method, step:
         optimizer.step()
     for update, value, start in zip(updates(model), values, starts, strict=True):
         assert value.dtype == torch.bfloat16
-        expected = (start.double() + 32 * step).sort().values
-        changed = update.S.weight.double() + value.double()
-        # A decomposition in between puts the change into S.
-        torch.testing.assert_close(changed.sort().values, expected, rtol=2 * eps(torch.bfloat16), atol=3 * step)
-        if torch.equal(update.S.weight, start):
-            torch.testing.assert_close(value.double(), torch.full_like(value, 32 * step).double(), rtol=0.1, atol=0)
+        assert torch.equal(update.S.weight, start)
+        torch.testing.assert_close(value.double(), torch.full_like(value, 32 * step).double(), rtol=0.1, atol=0)
 
 
 def test_pure_bfloat16_trains_as_float32_does(method: Method) -> None:

@@ -170,6 +170,23 @@ def test_a_spectral_step_is_not_taken_twice(method: Method) -> None:
     assert spectral_steps(model) == {3}
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not-named"])
+def test_a_step_that_a_grad_scaler_skips_within_a_spectral_step_does_not_count(named: bool) -> None:
+    """From the first one on, if it is told of the optimizer; if not, once that has stepped."""
+    model = get_peft_model(llama(), SST(r=4))
+    optimizer, scaler = torch.optim.AdamW(trainable(model), lr=1e-3), torch.amp.GradScaler("cpu")
+    counts = []
+    for number in range(5):
+        loss = model(input_ids=batch(), labels=batch()).loss
+        scaler.scale(loss * (float("inf") if number in (0 if named else 1, 3) else 1)).backward()
+        with spectral_step(model, optimizer if named else None):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        counts.append(spectral_steps(model))
+    assert counts == [{0} if named else {1}, {1}, {2}, {2}, {3}]
+
+
 def test_a_step_that_failed_is_no_step() -> None:
     model = get_peft_model(llama(), SST(r=4))
     with pytest.raises(RuntimeError, match="out of memory"), spectral_step(model):
@@ -187,6 +204,29 @@ def test_the_callback_drives_what_no_hook_sees(tmp_path: Path) -> None:
     assert spectral_steps(model) == {4}
     assert not any(state["mean"].any() for state in rule.state.values())  # the fourth step ends an iteration
     assert [log["spectral/swaps"] for log in run.state.log_history if "loss" in log] == [0, 1, 1, 2]
+
+
+class OfTangents(Descent):
+    """One that looks at its gradients."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.ndim == 2:
+                tall = parameter.shape[0] > parameter.shape[1]
+                X, G = (parameter, parameter.grad) if tall else (parameter.mT, parameter.grad.mT)
+                torch.testing.assert_close(X.mT @ G, -G.mT @ X)
+        super().step()
+
+
+def test_the_callback_projects_the_gradients_of_the_step(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), SCTConfig(r=4, target_modules="all-linear", gradient="riemannian"))
+    rates = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2))
+    rule = OfTangents(trainable(model), lr=1e-2)
+    run = Trainer(model, arguments(tmp_path), train_dataset=ROWS, optimizers=(rule, rates))
+    run.add_callback(SpectralCallback(run))
+    run.train()
+    assert run.state.global_step == STEPS
 
 
 # What the callback refuses

@@ -9,9 +9,14 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from spectral_peft import SST, SSTConfig
+from spectral_peft import SST, SCTConfig, SSTConfig
 from spectral_peft.training import reset_state
+from tests.methods import METHODS, Method
+from tests.methods import SST as SWAPPING
 from tests.models import batch, layers, llama, train_, trainable, updates
+
+
+SCHEDULED = [SWAPPING, METHODS[-1]]
 
 
 def model(**fields: object) -> nn.Module:
@@ -55,30 +60,140 @@ def test_other_optimizers_and_other_models_do_not_drive_it() -> None:
     assert steps(other) == {2}
 
 
-def test_two_optimizers_on_one_adapter_count_once() -> None:
+def split(module: nn.Module, part: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters with `part` in their name, and the others."""
+    named = [(part in name, value) for name, value in module.named_parameters() if value.requires_grad]
+    return [value for found, value in named if found], [value for found, value in named if not found]
+
+
+def each(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    return [[value] for value in parameters]
+
+
+def backward(module: nn.Module, number: int) -> torch.Tensor:
+    loss = module(input_ids=batch(number), labels=batch(number)).loss
+    loss.backward()
+    return loss
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+DIVISIONS = {
+    "vectors, values": lambda module: reversed(split(module, ".dS.")),
+    "values, vectors": lambda module: split(module, ".dS."),
+    "each by itself": lambda module: each(trainable(module)),
+}
+RIEMANNIAN = SCTConfig(r=4, target_modules="all-linear", gradient="riemannian")
+ABSORBING = SCTConfig(r=4, target_modules="all-linear", absorb=True, retract_every=2)
+
+
+@pytest.mark.parametrize("divide", DIVISIONS.values(), ids=DIVISIONS)
+@pytest.mark.parametrize("config", [SWAPPING(r=4), RIEMANNIAN, ABSORBING], ids=["sst", "riemannian", "absorbing"])
+def test_several_optimizers_do_what_one_does(config: object, divide: object) -> None:
+    """The spectral step comes after the last of them, and every one loses the state that it makes stale."""
+    modules = [get_peft_model(llama(), config) for _ in range(2)]
+    one = torch.optim.AdamW(trainable(modules[0]), lr=1e-2)
+    several = [torch.optim.AdamW(held, lr=1e-2) for held in divide(modules[1])]
+    for number in range(5):
+        for module, optimizers in zip(modules, ([one], several), strict=True):
+            backward(module, number)
+            for optimizer in optimizers:
+                optimizer.step()
+            module.zero_grad()
+        assert_equal(*modules)
+
+
+@pytest.mark.parametrize("skipped", ["U", "dS"])
+def test_after_one_of_two_optimizers_has_skipped_its_step_they_go_on_together(skipped: str) -> None:
+    """A GradScaler looks for Inf in the gradients of each of them."""
+    module = get_peft_model(llama(), SCTConfig(r=4, target_modules="all-linear", retract_every=2, absorb=True))
+    optimizers = dict(zip(("dS", "U"), map(torch.optim.AdamW, split(module, ".dS.")), strict=True))
+    counts = []
+    for number in range(6):
+        backward(module, number)
+        for name in ("U", "dS"):
+            if (name, number) != (skipped, 2):
+                optimizers[name].step()
+        counts.append(steps(module))
+        module.zero_grad()
+    assert counts[:2] == [{1}, {2}]
+    assert counts[3:] == [{4}, {5}, {6}]
+
+
+@pytest.mark.parametrize("method", SCHEDULED, ids=str)
+@pytest.mark.parametrize("name", ["U", "dS", "Vh"])
+def test_a_frozen_part_stops_nothing(method: Method, name: str) -> None:
+    module = get_peft_model(llama(), method(r=4, **({"retract_every": 3} if method.name == "sct" else {})))
+    frozen, others = split(module, f".{name}.")
+    for value in frozen:
+        value.requires_grad_(False)
+    train_(module, lr=1e-2, steps=2, optimizer=torch.optim.AdamW(others, lr=1e-2))
+    assert steps(module) == {2}
+
+
+def test_a_part_that_no_optimizer_holds_is_waited_for_once() -> None:
     module = model()
-    vectors = [value for name, value in module.named_parameters() if value.requires_grad and ".dS." not in name]
-    values = [value for name, value in module.named_parameters() if value.requires_grad and ".dS." in name]
-    for _ in range(3):
-        module(input_ids=batch(), labels=batch()).loss.backward()
-        for held in (vectors, values):
-            torch.optim.AdamW(held, lr=1e-3).step()
+    optimizer = torch.optim.AdamW(split(module, ".U.")[1], lr=1e-3)
+    counts = []
+    for number in range(4):
+        backward(module, number)
+        optimizer.step()
+        counts.append(steps(module))
+    assert counts == [{0}, {2}, {3}, {4}]
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer whose step is that of another one on the same parameters, as those that look ahead."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: object = None) -> None:
+        self.inner.step()
+
+
+def test_a_step_that_raised_is_no_step() -> None:
+    module = model()
+    optimizer = torch.optim.AdamW(trainable(module), lr=1e-3)
+
+    def closure() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert steps(module) == {0}
+    train_(module, lr=1e-3, steps=2, optimizer=optimizer)
+    assert steps(module) == {2}
+
+
+def test_a_step_within_a_step_counts_once() -> None:
+    module = model()
+    train_(module, lr=1e-3, steps=3, optimizer=Around(torch.optim.AdamW(trainable(module), lr=1e-3)))
     assert steps(module) == {3}
 
 
-def test_closures() -> None:
-    module = model()
-    optimizer = torch.optim.SGD(trainable(module), lr=1e-3)
+@pytest.mark.parametrize("config", [SWAPPING(r=4), RIEMANNIAN], ids=["sst", "sct"])
+@pytest.mark.parametrize("by_name", [False, True], ids=["positional", "by-name"])
+def test_a_closure_is_a_plain_loop(config: object, by_name: bool) -> None:
+    """The gradients that a schedule works on are those that the closure computes."""
+    modules = [get_peft_model(llama(), config) for _ in range(2)]
+    plain, other = (torch.optim.AdamW(trainable(module), lr=1e-2) for module in modules)
+    for number in range(5):
+        plain.zero_grad()
+        expected = backward(modules[0], number)
+        plain.step()
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = module(input_ids=batch(), labels=batch()).loss
-        loss.backward()
-        return loss
+        def closure(number: int = number) -> torch.Tensor:
+            other.zero_grad()
+            return backward(modules[1], number)
 
-    for _ in range(2):
-        optimizer.step(closure)
-    assert steps(module) == {2}
+        loss = other.step(closure=closure) if by_name else other.step(closure)
+        assert torch.equal(loss, expected)
+        assert_equal(*modules)
 
 
 def test_only_the_adapter_that_trains_is_stepped() -> None:

@@ -6,10 +6,11 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from spectral_peft import spectral_step
@@ -66,6 +67,26 @@ def test_parameters_that_move_without_a_step_are_told_of_once(method: Method) ->
 def test_copies_are_watched_too(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.warns(UserWarning, match="never ran"):
         train_by_hand_(duplicate(get_peft_model(llama(), SST(r=4))))
+
+
+@pytest.mark.parametrize("method", [SST, METHODS[-1]], ids=str)
+@pytest.mark.parametrize("name", ["U", "dS", "Vh"])
+def test_every_part_is_watched(method: Method, name: str) -> None:
+    model = get_peft_model(llama(), method(r=4))
+    for parameter_name, value in model.named_parameters():
+        if value.requires_grad and f".{name}." not in parameter_name:
+            value.requires_grad_(False)
+    with pytest.warns(UserWarning, match="never ran"):
+        train_by_hand_(model)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_loaded_adapter_is_watched_too(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    """Also where loading it replaces its parameters."""
+    get_peft_model(llama(), SST(r=4)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    with pytest.warns(UserWarning, match="never ran"):
+        train_by_hand_(model)
 
 
 def test_a_compiled_layer_is_watched_too() -> None:
