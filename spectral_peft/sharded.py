@@ -75,7 +75,15 @@ def whole(update: nn.Module, *, gradients: bool = False) -> Iterator[dict[int, n
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 has sharded parameters of this module, or of one within it, and they are not gathered now."""
-    return any(_is_sharded(child) for child in module.modules())
+    return any(isinstance(value, DTensor) for value in parameters_within(module))
+
+
+def parameters_within(module: nn.Module) -> Iterator[nn.Parameter | None]:
+    """As `parameters()`, for what happens at every step: without keeping account of what it has seen."""
+    yield from module._parameters.values()
+    for child in module._modules.values():
+        if child is not None:
+            yield from parameters_within(child)
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -188,7 +188,10 @@ def take_step(updates: Iterable[SpectralUpdate], optimizers: Iterable[Any]) -> N
 
 def _begin(update: SpectralUpdate) -> None:
     refuse_flattened(update)
-    with whole(update, gradients=True):
+    if is_sharded(update):
+        with whole(update, gradients=True):
+            update.before_optimizer_step()
+    else:
         update.before_optimizer_step()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from spectral_peft.errors import SpectralError
+from spectral_peft.sharded import parameters_within
 
 
 def refuse_split_weight(weight: Tensor, key: str) -> None:
@@ -35,7 +36,7 @@ def refuse_split_weight(weight: Tensor, key: str) -> None:
 
 def refuse_flattened(update: nn.Module) -> None:
     """Raises SpectralError if FSDP1 holds the parameters of an update that has work to do after optimizer steps."""
-    if any(_is_flattened(parameter) for parameter in update.parameters()):
+    if any(_is_flattened(parameter) for parameter in parameters_within(update)):
         raise SpectralError(
             f"{type(update).__name__} works on its factors after optimizer steps, and FullyShardedDataParallel "
             "(FSDP1) makes pieces of a flat parameter of them. Shard with FSDP2: `fully_shard`, or in accelerate "
@@ -52,7 +53,7 @@ def refuse_processes(what: str) -> None:
         )
 
 
-def _is_flattened(parameter: Tensor) -> bool:
+def _is_flattened(parameter: Tensor | None) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
