@@ -142,30 +142,24 @@ def base_model(settings: Mapping[str, Any], seed: int) -> PreTrainedModel:
 
 
 def llama(settings: Mapping[str, Any]) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=settings["hidden_size"],
-        intermediate_size=settings["intermediate_size"],
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=4,
-        vocab_size=settings["vocabulary"],
-        max_position_embeddings=settings["length"],
-        tie_word_embeddings=False,
-    )
+    return LlamaConfig(intermediate_size=settings["intermediate_size"], **_sizes(settings))
 
 
 def opt(settings: Mapping[str, Any]) -> OPTConfig:
     """Without dropout, which the Llama does not have."""
-    return OPTConfig(
-        hidden_size=settings["hidden_size"],
-        word_embed_proj_dim=settings["hidden_size"],
-        ffn_dim=settings["intermediate_size"],
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=4,
-        vocab_size=settings["vocabulary"],
-        max_position_embeddings=settings["length"],
-        tie_word_embeddings=False,
-        dropout=0.0,
-    )
+    own = {"ffn_dim": settings["intermediate_size"], "word_embed_proj_dim": settings["hidden_size"], "dropout": 0.0}
+    return OPTConfig(**own, **_sizes(settings))
+
+
+def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "hidden_size": settings["hidden_size"],
+        "num_hidden_layers": settings["layers"],
+        "num_attention_heads": 4,
+        "vocab_size": settings["vocabulary"],
+        "max_position_embeddings": settings["length"],
+        "tie_word_embeddings": False,
+    }
 
 
 ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], PreTrainedConfig]] = {"llama": llama, "opt": opt}
