@@ -83,6 +83,7 @@ def in_names_of(method: str, code: CodeType) -> CodeType:
         "lora_A": config.container,
         "lora_B": config.container,
         "lora.Linear": "SpectralLinear",
+        "peft.tuners.lora.layer.Embedding": "spectral_peft.embedding.SpectralEmbedding",
         "peft.tuners.lora.layer.": "spectral_peft.layer.Spectral",
         "LoraModel": PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].__name__,
         "LORA": config.peft_type.value,
