@@ -131,3 +131,10 @@ METHODS = [
         recomputable=False,
     ),
 ]
+
+
+def with_starts(methods: list[Method]) -> list[tuple[Method, bool]]:
+    """Each method with its start in the checkpoint, and without it where it can be recomputed."""
+    return [
+        (method, save_start) for method in methods for save_start in (True, False) if save_start or method.recomputable
+    ]

@@ -25,7 +25,7 @@ from transformers import (
 from spectral_peft import SpectralError, export_lora, export_merged, hotswap_adapter
 from spectral_peft.experts import SpectralExperts
 from spectral_peft.stored import open_adapter
-from tests.methods import METHODS, POOLED_SST, Method
+from tests.methods import METHODS, POOLED_SST, Method, with_starts
 from tests.models import batch, layers, logits, tensors, train_, updates
 from tests.tolerance import tolerance
 
@@ -154,10 +154,10 @@ def test_it_trains_as_layers_of_their_own_do(thin_method: Method) -> None:
         torch.testing.assert_close(ours.matrix(), theirs.matrix(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("save_start", [True, False])
+@pytest.mark.parametrize(
+    ("thin_method", "save_start"), with_starts([method for method in METHODS if not method.replaces]), ids=str
+)
 def test_a_trained_adapter_reloads_exactly(thin_method: Method, save_start: bool, tmp_path: Path) -> None:
-    if not (save_start or thin_method.recomputable):
-        pytest.skip("has no start to recompute")
     model = trained(thin_method, save_start=save_start)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(moe(), tmp_path)

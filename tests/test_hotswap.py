@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig, hotswap_adapter
-from tests.methods import METHODS, Method
+from tests.methods import METHODS, Method, with_starts
 from tests.models import gpt2, llama, logits, train_
 
 
@@ -32,12 +32,10 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("save_start", [True, False])
+@pytest.mark.parametrize(("method", "save_start"), with_starts(METHODS), ids=str)
 def test_the_function_becomes_the_other_s_and_the_parameters_stay(
     method: Method, save_start: bool, tmp_path: Path
 ) -> None:
-    if not (save_start or method.recomputable):
-        pytest.skip("has no start to recompute")
     folder, expected = saved(method(init_weights=False, save_start=save_start), tmp_path)
     model = live(method, save_start=save_start)
     parameters = {name: (id(value), value.data_ptr()) for name, value in model.named_parameters()}
@@ -126,10 +124,8 @@ def check_refused(model: PeftModel, folder: Path, message: str) -> None:
     assert torch.equal(logits(model), function)
 
 
-@pytest.mark.parametrize("save_start", [True, False])
+@pytest.mark.parametrize(("method", "save_start"), with_starts(METHODS), ids=str)
 def test_an_adapter_of_another_base_is_refused(method: Method, save_start: bool, tmp_path: Path) -> None:
-    if not (save_start or method.recomputable):
-        pytest.skip("has no start to recompute")
     folder, _ = saved(method(save_start=save_start), tmp_path, llama(seed=1))
     check_refused(
         live(method, save_start=save_start), folder, "another base weight" if save_start else "singular vectors"
