@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import ttest_1samp
+
 from benchmarks.experiment import RESULTS, Experiment, find, read_json, result_file
 
 
@@ -21,17 +23,27 @@ FALLING = frozenset({"loss", "perplexity"})  # qualities of which less is better
 OWN_TYPES = "SPECTRAL_"
 REFERENCE = "lora"
 NOT_MEASURED = "not measured"
+EARLIER = "†"
+SIGNIFICANT = 0.05
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one experiment at the rate that is best with its first seed."""
+    """The runs of one experiment at the rate that is best with its first seed.
+
+    Attributes:
+        rates: Those that were run with the first seed.
+        rate: The best of them, or None if all diverged.
+        runs: By seed those at this rate that have an end.
+        diverged: The number of those at this rate that have none.
+    """
 
     experiment: Experiment
     rates: list[float]
     rate: float | None
     runs: list[dict[str, Any]]
+    diverged: int = 0
 
     @property
     def name(self) -> str:
@@ -41,15 +53,20 @@ class Row:
     def is_own(self) -> bool:
         return (self.experiment.adapter or {}).get("peft_type", "").startswith(OWN_TYPES)
 
-    def values(self, group: str, key: str) -> list[float]:
-        return [run[group][key] for run in self.runs if run[group].get(key) is not None]
+    @property
+    def is_of_earlier_code(self) -> bool:
+        return any("note" in run for run in self.runs)
+
+    def values(self, group: str, key: str) -> dict[int, float]:
+        """By seed."""
+        return {run["run"]["seed"]: run[group][key] for run in self.runs if run[group].get(key) is not None}
 
     def mean(self, group: str, key: str) -> float:
-        values = self.values(group, key)
+        values = self.values(group, key).values()
         return statistics.fmean(values) if values else math.nan
 
     def spread(self, group: str, key: str) -> float:
-        values = self.values(group, key)
+        values = self.values(group, key).values()
         return statistics.stdev(values) if len(values) > 1 else math.nan
 
     def cost(self, key: str) -> float:
@@ -67,9 +84,8 @@ def row_of(experiment: Experiment, results: Path) -> Row | None:
     best = min(finished, key=lambda rate: finished[rate]["validation"])
     files = [result_file(experiment, best, seed, results=results) for seed in seeds[1:]]
     others = [read_json(file) for file in files if file.exists()]
-    return Row(
-        experiment, list(found), best, [finished[best], *(run for run in others if run["validation"] is not None)]
-    )
+    ended = [run for run in others if run["validation"] is not None]
+    return Row(experiment, list(found), best, [finished[best], *ended], len(others) - len(ended))
 
 
 def table(experiments: Iterable[Experiment], results: Path) -> str:
@@ -99,6 +115,8 @@ def _group(experiments: Sequence[Experiment], results: Path) -> str:
         metrics = list(rows[0].runs[0]["quality"])
         rows.sort(key=lambda row: row.mean("quality", metrics[0]) * (1 if metrics[0] in FALLING else -1))
         lines += [*_table(rows, metrics), "", *_losses(rows, metrics[0])]
+    if any(row.is_of_earlier_code for row in rows):
+        lines += ["", f"{EARLIER} Runs by an earlier version of the package and of this harness."]
     if diverged := [name for name, row in found.items() if row and not row.runs]:
         lines += ["", f"Diverged at every rate: {', '.join(diverged)}."]
     if missing := [f"{name} ({count})" for name, count in _missing(experiments, found, results).items() if count]:
@@ -114,7 +132,7 @@ def _missing(experiments: Iterable[Experiment], found: dict[str, Row | None], re
             result_file(experiment, rate, first, results=results) for rate in experiment.training["learning_rate"]
         ]
         diverged = row is not None and not row.runs
-        seeds = 0 if diverged else len(others) - (0 if row is None else len(row.runs) - 1)
+        seeds = 0 if diverged else len(others) - (0 if row is None else len(row.runs) - 1 + row.diverged)
         missing[experiment.name] = sum(not file.exists() for file in rates) + seeds
     return missing
 
@@ -138,13 +156,13 @@ def _table(rows: list[Row], metrics: list[str]) -> list[str]:
 def _cells(row: Row, metrics: list[str], reference: Row | None) -> list[str]:
     relative = row.cost("train_cpu_seconds") / reference.cost("train_cpu_seconds") if reference else math.nan
     return [
-        f"**{row.name}**" if row.is_own else row.name,
+        (f"**{row.name}**" if row.is_own else row.name) + (f" {EARLIER}" if row.is_of_earlier_code else ""),
         _grid(row),
-        str(len(row.runs)),
+        str(len(row.runs)) + (f", {row.diverged} diverged" if row.diverged else ""),
         *(_with_spread(row, "quality", metric) for metric in metrics),
         _with_spread(row, "forgetting", "loss_rise", sign="+"),
         _number(row.cost("peak_memory_bytes") / MIB, ",.0f"),
-        _number(relative, ".2f"),
+        _number(relative, ".1f"),
         _number(row.cost("init_cpu_seconds"), ".1f"),
         _number(row.cost("checkpoint_bytes") / MIB, ",.2f"),
         _number(row.cost("trainable_parameters"), ",.0f"),
@@ -188,23 +206,33 @@ def _losses(rows: list[Row], metric: str) -> list[str]:
         for row in own
     ]
     return [
-        "Where this project loses: the methods that are better than each of its own (in bold by more than two "
-        "standard errors of the difference between seeds).",
+        "Where this project loses: the methods that are better than each of its own, in bold where the difference in "
+        "runs of the same seed is significant at 5 % by Student's t-test.",
         "",
         *markdown(["", *(name for name, *_ in measures)], body),
     ]
 
 
 def _better(row: Row, others: list[Row], group: str, key: str, sign: int) -> str:
-    names: list[str] = []
-    if math.isnan(row.mean(group, key)):
+    measured = [other for other in others if other.values(group, key)]
+    if not row.values(group, key) or not measured:
         return NOT_MEASURED
-    for other in others:
-        gap = sign * (row.mean(group, key) - other.mean(group, key))
-        if gap > 0:
-            noise = math.hypot(*(part.spread(group, key) / math.sqrt(len(part.runs)) for part in (row, other)))
-            names.append(f"**{other.name}**" if gap > 2 * noise else other.name)  # never with one seed: noise is NaN
-    return "all" if len(names) == len(others) and len(names) > 3 else ", ".join(names) or "none"
+    better = [other for other in measured if sign * (row.mean(group, key) - other.mean(group, key)) > 0]
+    names = [f"**{other.name}**" if _is_significant(row, other, group, key) else other.name for other in better]
+    text = "all" if len(names) == len(others) and len(names) > 3 else ", ".join(names) or "none"
+    left = len(others) - len(measured)
+    return f"{text} ({left} {NOT_MEASURED})" if left else text
+
+
+def _is_significant(row: Row, other: Row, group: str, key: str) -> bool:
+    """Whether the difference between two experiments is beyond that between the seeds, which have the same batches."""
+    own, theirs = row.values(group, key), other.values(group, key)
+    differences = [own[seed] - theirs[seed] for seed in own.keys() & theirs.keys()]
+    if len(differences) < 2:
+        return False
+    if statistics.stdev(differences) == 0:  # sizes, which are the same in every run
+        return differences[0] != 0
+    return bool(ttest_1samp(differences, 0).pvalue < SIGNIFICANT)
 
 
 def main() -> None:

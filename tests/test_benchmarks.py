@@ -148,6 +148,46 @@ def test_the_table_tells_where_this_project_loses(arguments):
     assert lines[-1] == "Runs that are still to be made: absent (5)."
 
 
+def losses(arguments, own, theirs):
+    """The last row of the table, for losses of the seeds by experiment; None is a run that diverged."""
+
+    def run(experiment, rate, seed):
+        loss = {"ours": own, "theirs": theirs}[experiment.name][seed]
+        if loss is None:
+            raise DivergenceError
+        return outcome(abs(rate - 0.2), loss=loss) | ({"cost": {}} if experiment.name == "theirs" else {})
+
+    both = [experiment(), experiment("theirs", "LORA")]
+    harness.Sweep(both, run, arguments, arguments.results)()
+    return table(both, arguments.results).splitlines()
+
+
+def test_a_loss_is_beyond_noise_where_the_seeds_agree_on_it(arguments, tmp_path):
+    """Seeds share their batches: 0.1 with every seed is beyond noise, however far the seeds are from each other."""
+    lines = losses(arguments, own=[1.1, 2.11, 3.12], theirs=[1.0, 2.0, 3.0])
+    assert lines[-1].startswith("| **ours** | **theirs** | none |")
+    arguments.results = tmp_path / "other"
+    lines = losses(arguments, own=[1.3, 2.0, 3.0], theirs=[1.0, 2.0, 3.0])
+    assert lines[-1].startswith("| **ours** | theirs | none |")
+
+
+def test_what_was_not_measured_is_not_counted_as_worse(arguments):
+    lines = losses(arguments, own=[1.0, 1.0, 1.0], theirs=[1.1, 1.1, 1.1])
+    assert lines[-1] == "| **ours** | none | none |"
+    assert lines[-3] == "|  | loss | forgetting |"  # the costs, which nobody else has, say nothing
+
+    third = experiment("third", "LORA")
+    harness.Sweep([third], lambda e, r, s: outcome(r), arguments, arguments.results)()
+    both = [experiment(), experiment("theirs", "LORA"), third]
+    assert "| none (1 not measured) |" in table(both, arguments.results).splitlines()[-1]
+
+
+def test_a_seed_that_diverged_is_said(arguments):
+    lines = losses(arguments, own=[1.0, None, 2.0], theirs=[3.0, 3.0, 3.0])
+    assert lines[2].startswith("| **ours** | 0.1, **0.2**, 0.3 | 2, 1 diverged | 1.500 ±")
+    assert "still to be made" not in lines[-1]
+
+
 def test_each_budget_has_a_table_of_its_own(arguments):
     longer = experiment("longer", max_steps=7000)
     sweep(Runs(), arguments, longer, experiment("absent", max_steps=70))

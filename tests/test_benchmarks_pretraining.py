@@ -85,6 +85,20 @@ def test_a_run_is_its_seed(arguments: argparse.Namespace) -> None:
     assert first["curve"] == again["curve"] != other["curve"]
 
 
+def test_a_schedule_draws_with_the_seed_of_the_run(
+    arguments: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def noted(model, config):
+        seeds.append(config.seed)
+        return get_peft_model(model, config)
+
+    monkeypatch.setattr(pretraining, "get_peft_model", noted)
+    pretraining.run(tiny("sst-r4"), 1e-2, 3, arguments)
+    assert seeds == [3]
+
+
 def test_galore_moves_the_projections_in_r_dimensions() -> None:
     """All steps before the first change of the basis lie in it, so the change of a weight has rank r."""
     experiment = tiny("galore-r4-scale0.25")
