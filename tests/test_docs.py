@@ -1,8 +1,8 @@
 """The documentation is true: its snippets run, and it names everything that is public.
 
 The fences of a page run one after the other in one namespace, in a folder of their own. A tiny Llama lies there under
-the name of the model that the pages load, and `rows` are four tokenized examples. A fence that cannot run is preceded
-by a comment `<!-- not run: REASON -->`.
+the name of the model that the pages load, with a tokenizer of a few words; notes.txt is a text of these words, and
+`rows` are four tokenized examples. A fence that cannot run is preceded by a comment `<!-- not run: REASON -->`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import spectral_peft
 import spectral_peft.linalg
@@ -31,6 +32,7 @@ from tests.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 MODEL = "HuggingFaceTB/SmolLM2-135M"
+NOTES = "the sky is blue\nthe grass is green\n\nthe sea is green and blue\n"
 PAGES = [
     ROOT / "README.md",
     ROOT / "examples" / "README.md",
@@ -56,6 +58,11 @@ def tiny_llama(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(folder)
+    words = {word: number for number, word in enumerate(["<end>", "<other>", *sorted(set(NOTES.split()))])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<other>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<other>")
+    fast.save_pretrained(folder)
     return folder
 
 
@@ -63,8 +70,10 @@ def tiny_llama(tmp_path_factory):
 def workplace(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / MODEL).parent.mkdir()
     (tmp_path / MODEL).symlink_to(tiny_llama)
+    (tmp_path / "notes.txt").write_text(NOTES, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path
 
 
