@@ -171,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     ).rename_column(arguments.label_column, "labels")
 
     config = method.config(r=arguments.r or method.r, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
+    if arguments.method == "sst" and training.max_steps > 0:  # each vector of the pool has its turn once on average
+        config.steps_per_iteration = max(1, training.max_steps * config.r // config.pool)
     model = get_peft_model(load_encoder(arguments.model, labels), config)
     model.print_trainable_parameters()
     rate = training.learning_rate

@@ -249,6 +249,8 @@ def fine_tune(name: str, args: Arguments, base: Any, tokenizer: Any, train: list
     modules = args.target_modules if args.target_modules == "all-linear" else args.target_modules.split(",")
     rank = args.r or METHODS[name].rank
     config = METHODS[name].config(r=rank, target_modules=modules, task_type="CAUSAL_LM")
+    if name == "sst":  # each vector of the pool has its turn once on average
+        config.steps_per_iteration = max(1, args.max_steps * rank // config.pool)
     model = get_peft_model(copy.deepcopy(base), config)
     collator = DataCollatorForSeq2Seq(tokenizer)
     trainer = make_trainer(name, args, model, train_dataset=train, eval_dataset=held_out, data_collator=collator)

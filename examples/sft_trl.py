@@ -57,6 +57,7 @@ class Training(SFTConfig):
 
     output_dir: str = "sft-out"
     learning_rate: float | None = HfArg(default=None, help="peak of the schedule; default: the method's own")
+    max_steps: int = HfArg(default=60, help="optimizer steps; -1: as many as num_train_epochs takes")
     lr_scheduler_type: str = "cosine"
     bf16: bool = HfArg(default=torch.accelerator.is_available(), help="autocast to bfloat16; default: on a GPU")
     save_strategy: str = "no"
@@ -80,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     data = load_dataset(arguments.dataset, split="train") if arguments.dataset else made_conversations()
     texts = () if arguments.model else (turn["content"] for turns in data["messages"] for turn in turns)
     tokenizer = load_tokenizer(arguments.model, texts)
+    config = method.config(r=arguments.r or method.r, target_modules="all-linear", task_type="CAUSAL_LM")
+    if arguments.method == "sst" and training.max_steps > 0:  # each vector of the pool has its turn once on average
+        config.steps_per_iteration = max(1, training.max_steps * config.r // config.pool)
     trainer = SFTTrainer(
         load_causal_lm(arguments.model),
         training,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=method.config(r=arguments.r or method.r, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=config,
     )
     if arguments.method != "lora":
         trainer.add_callback(SpectralCallback(trainer))  # optional: checks that the adapter trains, adds logs
