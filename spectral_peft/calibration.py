@@ -105,7 +105,8 @@ def calibrate(
 
     With `gradients` also those of the gradients of the loss with respect to what comes out of them: a start then keeps
     what the loss needs, and not only what is large. That takes a backward pass, and the memory of its activations;
-    the parameters get no gradients.
+    the parameters get no gradients. The loss is taken as the sum over a batch's labels, of which the model returns the
+    mean, so that a label counts alike in a batch of few.
 
     The model runs in eval mode, and is left as it was. Inputs at positions that an `attention_mask`
     of the batch excludes are not counted, where the module's input still has the shape of the mask. The inputs of an
@@ -144,7 +145,7 @@ def calibrate(
                 total.mask = mask
             result = _run(model, batch, gradients)
             if gradients:
-                _add_gradients(result, outputs, slopes)
+                _add_gradients(result, _labels(batch), outputs, slopes)
                 outputs.clear()
             number += 1
     if number == 0:
@@ -258,9 +259,10 @@ def _adding_to(total: _Total) -> Any:
 
 
 def _collecting(key: str, outputs: list[tuple[str, Tensor]]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         # Where all before it is frozen, autograd would not see the output.
         outputs.append((key, output if output.requires_grad else output.requires_grad_(True)))
+        return output.clone()  # what follows may work in place, on what is then another tensor
 
     return hook
 
@@ -283,11 +285,26 @@ def _run(model: nn.Module, batch: Batch, with_loss: bool) -> Any:
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 
 
-def _add_gradients(result: Any, outputs: Sequence[tuple[str, Tensor]], slopes: Mapping[str, _Total]) -> None:
+def _labels(batch: Batch) -> int:
+    """The number of labels whose mean the loss of a batch is; 1 if it names none.
+
+    The first label of a text is not counted: a causal language model does not predict it.
+    """
+    labels = batch if isinstance(batch, Tensor) else batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return 1
+    predicted = labels[:, 1:] if labels.ndim == 2 else labels
+    return max(1, int((predicted != -100).sum()))
+
+
+def _add_gradients(
+    result: Any, labels: int, outputs: Sequence[tuple[str, Tensor]], slopes: Mapping[str, _Total]
+) -> None:
     loss = getattr(result, "loss", None)
     if loss is None:
         raise ValueError("`gradients` needs a loss of every batch, and the model returned none: add the labels.")
-    # With respect to the outputs alone: parameters that require gradients get none.
-    found = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
+    # With respect to the outputs alone: parameters that require gradients get none. Of the sum over the labels: in a
+    # batch of few of them each has a large part in the mean.
+    found = torch.autograd.grad(loss * labels, [output for _, output in outputs], allow_unused=True)
     for (key, output), gradient in zip(outputs, found, strict=True):
         slopes[key].add(torch.zeros_like(output) if gradient is None else gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -17,6 +18,8 @@ from spectral_peft.update import SpectralUpdate
 
 class SpectralCallback(TrainerCallback):
     """Checks at the start of a training that the adapter will train, and adds figures about it to every log.
+
+    It warns where a schedule is longer than the training, and would do nothing in it.
 
     ::
 
@@ -65,6 +68,7 @@ class SpectralCallback(TrainerCallback):
         take_resets(optimizer)
         self._spectra_due = state.global_step + (self.spectra_every or 0)
         self._scheduled = [update for update in trained_updates(model) if update.scheduled]
+        _warn_of_long_periods(self._scheduled, state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What a schedule does before the step, where torch's hooks will not."""
@@ -85,8 +89,8 @@ class SpectralCallback(TrainerCallback):
         if "loss" not in logs:
             return
         with_spectra = self.spectra_every is not None and state.global_step >= self._spectra_due
-        if self.spectra_every is not None and with_spectra:
-            self._spectra_due = state.global_step + self.spectra_every
+        if with_spectra:
+            self._spectra_due = state.global_step + (self.spectra_every or 0)
         entries = spectral_statistics(model, per_layer=with_spectra)
         if self._scheduled:
             entries["spectral/optimizer_state_reset"] = _share_of_resets(_unwrapped(kwargs["optimizer"]))
@@ -96,6 +100,17 @@ class SpectralCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets go of the model."""
         self._scheduled, self._steps = [], {}
+
+
+def _warn_of_long_periods(updates: list[SpectralUpdate], max_steps: int) -> None:
+    for update_cls in dict.fromkeys(map(type, updates)):
+        period = min(update.period for update in updates if type(update) is update_cls)
+        if period > max_steps:
+            warnings.warn(
+                f"The schedule of {update_cls.__name__} has no turn in a training of {max_steps} steps: it comes "
+                f"every {period}. Set `steps_per_iteration` of SST, or `retract_every` of SCT, to a part of them.",
+                stacklevel=2,
+            )
 
 
 def check_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -13,6 +13,7 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.experts import ExpertLinear, SpectralExperts
 from spectral_peft.layer import SpectralLinear
+from spectral_peft.sharded import is_sharded
 from spectral_peft.update import SpectralUpdate
 
 
@@ -66,6 +67,8 @@ def complete_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[st
     """
     completed = dict(state_dict)
     for prefix, layer, update in adapter_updates(model, adapter_name):
+        if adapter_name in layer.merged_adapters:
+            raise SpectralError(f"{layer.key}: '{adapter_name}' is merged; call `unmerge_adapter` before loading it.")
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if "fingerprint" in own:
             layer.check_base(adapter_name, own["fingerprint"])
@@ -134,6 +137,16 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             configs.pop(adapter_name, None)
             if not configs and not isinstance(module, BaseTuner):
                 del module.peft_config
+
+
+def refuse_changed_start(key: str, update: SpectralUpdate) -> None:
+    """Raises SpectralError if the frozen start, which a checkpoint leaves out, is not that of the weight any more."""
+    if is_sharded(update) or not update.fingerprint.any() or update.has_noted_start():
+        return
+    raise SpectralError(
+        f"{key}: what should be frozen has changed since the adapter was added, and would not be in a checkpoint with "
+        "`save_start=False`. Set `save_start = True` in the config of the adapter, and save it then."
+    )
 
 
 Former = dict[SpectralLinear, tuple[str, SpectralUpdate, SpectralConfig, bool]]

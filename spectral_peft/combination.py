@@ -88,7 +88,8 @@ def _of_triplets(
     layer: SpectralLinear, triplets: Factors, first: SpectralUpdate, config: SpectralConfig
 ) -> SpectralUpdate:
     update = layer.new_update(config, config.rank_for_change(len(triplets.S), first.r))
-    update.take_change_(triplets)
+    with _naming(layer):
+        update.take_change_(triplets)
     update.take_fingerprint_(layer.effective_weight())
     return update
 

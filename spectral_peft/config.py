@@ -162,7 +162,7 @@ class SpectralConfig(PeftConfig, ABC):
         if self.format_version is not None and self.format_version > FORMAT_VERSION:
             raise SpectralError(
                 f"This adapter has format version {self.format_version}; the installed spectral_peft reads up to "
-                f"{FORMAT_VERSION}. Update it: pip install -U spectral-peft"
+                f"{FORMAT_VERSION}. Update spectral_peft from where you installed it."
             )
 
     def _check_fields(self) -> None:
@@ -262,7 +262,7 @@ class SpectralConfig(PeftConfig, ABC):
         name of the module.
         """
         matrix = weight if self.save_start else weight.double()
-        parts = (type(self).__name__, self.svd, str(r), str(matrix.dtype))
+        parts = (self.svd, str(r), str(matrix.dtype))
         return cached_factors(weight, parts, lambda: truncated_svd(matrix, r, self.svd))
 
     def start_(self, update: SpectralUpdate, weight: Tensor, key: str = "") -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class SegmentedProduct(torch.autograd.Function):
@@ -18,6 +19,7 @@ class SegmentedProduct(torch.autograd.Function):
     and with `enhanced` dU = g^T P, dVh = Q^T x: the projections (dL/dW) v_i and (dL/dW)^T u_i of the gradient of
     W = U diag(S) Vh (Zhao et al., 2025, SST). They are not the derivatives by U and Vh: those carry a factor S_i, with
     which the vectors of small singular values would hardly learn. Neither W nor its gradient is built.
+    A second derivative raises RuntimeError.
     """
 
     @staticmethod
@@ -44,6 +46,7 @@ class SegmentedProduct(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], len(U))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, P, P_rest, U, S, Vh, U_rest, Vh_rest = ctx.saved_tensors
         r, dtype = U.shape[1], rows.dtype
@@ -60,7 +63,7 @@ class SegmentedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dU = (g.mT @ (P if ctx.enhanced else P * scale[:r])).to(U.dtype)
             if ctx.needs_input_grad[2]:
-                dS = torch.cat([(P * Q).sum(0, dtype=S.dtype), (P_rest * Q_rest).sum(0, dtype=S.dtype)])
+                dS = torch.cat([_dots(P, Q, 0, S.dtype), _dots(P_rest, Q_rest, 0, S.dtype)])
             if ctx.needs_input_grad[3]:
                 dVh = ((Q if ctx.enhanced else QS).mT @ rows).to(Vh.dtype)
         return dx, dU, dS, dVh, None, None, None, None
@@ -97,6 +100,7 @@ class DenseProduct(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], len(U))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, U, S, Vh, U_rest, Vh_rest = ctx.saved_tensors
         r, dtype = U.shape[1], rows.dtype
@@ -108,11 +112,16 @@ class DenseProduct(torch.autograd.Function):
             if any(ctx.needs_input_grad[1:4]):
                 G = g.mT @ rows
                 GV, UtG = G @ Vh.to(dtype).mT, U.to(dtype).mT @ G
-                rest = ((U_rest.to(dtype).mT @ G) * Vh_rest.to(dtype)).sum(1, dtype=S.dtype)
-                dS = torch.cat([(U.to(dtype) * GV).sum(0, dtype=S.dtype), rest])
+                rest = _dots(U_rest.to(dtype).mT @ G, Vh_rest.to(dtype), 1, S.dtype)
+                dS = torch.cat([_dots(GV, U.to(dtype), 0, S.dtype), rest])
                 scale = S.new_ones(r).to(dtype) if ctx.enhanced else S[:r].to(dtype)
                 dU, dVh = (GV * scale).to(U.dtype), (UtG * scale[:, None]).to(Vh.dtype)
         return dx, dU, dS, dVh, None, None, None, None
+
+
+def _dots(A: Tensor, B: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The sums of A * B, in `dtype`: a product of two numbers in float16 may overflow."""
+    return ((A.to(dtype) if A.dtype == torch.float16 else A) * B).sum(dim, dtype=dtype)
 
 
 def _matrix(U: Tensor, S: Tensor, Vh: Tensor, U_rest: Tensor, Vh_rest: Tensor, dtype: torch.dtype) -> Tensor:

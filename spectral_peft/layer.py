@@ -124,7 +124,16 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         return update
 
     def start_(self, update: SpectralUpdate, config: SpectralConfig) -> None:
-        """Starts `update` from the base weight."""
+        """Starts `update` from the base weight.
+
+        Raises:
+            SpectralError: adapters are merged into it.
+        """
+        if self.merged:
+            raise SpectralError(
+                f"{self.key}: an adapter starts from the base weight, into which {self.merged_adapters} are merged. "
+                "Call `unmerge_adapter` first."
+            )
         weight = self.effective_weight()
         with one_thread_if_small(weight):
             config.start_(update, weight, self.key)
@@ -144,6 +153,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 and are not those that it was trained with.
         """
         update = self.update_of(adapter_name)
+        if update is not None:
+            update.freeze_start_()  # transformers makes everything train that it loads into
         if update is None or self.settled[adapter_name] or self.merged or is_sharded(update):
             return  # a sharded one is whole when it is used
         if not update.is_started():
@@ -371,12 +382,13 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            adapter_name = self.merged_adapters.pop()
+            adapter_name = self.merged_adapters[-1]
             update = self.update_of(adapter_name)
             if update is not None and update.replaces and self.unmerged_weight is not None:
                 self.get_base_layer().weight, self.unmerged_weight = self.unmerged_weight, None
             else:
                 self.base_parameter.sub_(self.get_delta_weight(adapter_name))
+            self.merged_adapters.pop()
 
     def extra_repr(self) -> str:
         return f"adapters={sorted(self.configs)}"

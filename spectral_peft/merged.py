@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from spectral_peft.errors import SpectralError
 from spectral_peft.experts import SpectralExperts
@@ -28,7 +29,7 @@ class _Entry(NamedTuple):
     """A tensor of the dense checkpoint that is not there yet."""
 
     name: str
-    bytes: int
+    like: Tensor
     make: Callable[[], Tensor]
 
 
@@ -73,7 +74,7 @@ def export_merged(
         _config(base, entries, dtype).save_pretrained(str(folder))
         if base.can_generate():
             base.generation_config.save_pretrained(str(folder))
-        _write(_shards(entries, shard_bytes), folder)
+        _write(entries, folder, shard_bytes)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         if existed:
@@ -105,7 +106,7 @@ def _entries(base: Any, adapter_name: str, dtype: torch.dtype | None) -> Iterato
         source = base.all_tied_weights_keys.get(name)
         if source not in tensors or not _is_same(make(), tensors[source][1]()):
             target = value.dtype if dtype is None or not value.is_floating_point() else dtype
-            yield _Entry(name, value.numel() * target.itemsize, partial(_as, make, target))
+            yield _Entry(name, value.to("meta", target), partial(_as, make, target))
 
 
 def _as(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
@@ -163,26 +164,15 @@ def _merged_experts(experts: SpectralExperts, prefix: str, adapter_name: str) ->
         yield name, value, partial(experts.merged_parameter, adapted[name], adapter_name) if name in adapted else make
 
 
-def _shards(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
-    """The entries in order, in files of at most this size; a larger tensor has one for itself."""
-    shards: list[list[_Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(other.bytes for other in shards[-1]) + entry.bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    return shards
-
-
-def _write(shards: list[list[_Entry]], folder: Path) -> None:
-    total, places = sum(entry.bytes for shard in shards for entry in shard), {}
+def _write(entries: list[_Entry], folder: Path, shard_bytes: int) -> None:
+    planned = {entry.name: entry.like for entry in entries}
+    split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
+    make = {entry.name: entry.make for entry in entries}
+    total = split.metadata["total_size"]
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, delay=2) as progress:
-        for number, shard in enumerate(shards, start=1):
-            file = SAFE_WEIGHTS_NAME
-            if len(shards) > 1:
-                file = SAFE_WEIGHTS_NAME.replace(".", f"-{number:05d}-of-{len(shards):05d}.", 1)
-            save_file({entry.name: entry.make() for entry in shard}, folder / file, metadata={"format": "pt"})
-            places.update({entry.name: file for entry in shard})
-            progress.update(sum(entry.bytes for entry in shard))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        for file, names in split.filename_to_tensors.items():
+            save_file({name: make[name]() for name in names}, folder / file, metadata={"format": "pt"})
+            progress.update(sum(planned[name].nbytes for name in names))
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))

@@ -24,6 +24,7 @@ from spectral_peft.checkpoint import (
     adapter_updates,
     complete_state_dict,
     is_fresh,
+    refuse_changed_start,
     remove_adapter,
     start_keys,
     tensor_keys,
@@ -61,7 +62,9 @@ class SpectralModel(BaseTuner):
     ) -> None:
         """PEFT's injection, with a progress bar; if it fails, the model is given back as it was."""
         former = adapter_in_place(model, adapter_name)
-        _warn_of_ranks_of_another_model(self.peft_config[adapter_name])  # type: ignore[arg-type]
+        config: SpectralConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        _warn_of_ranks_of_another_model(config)
+        as_given = config.rank_pattern, config.dense_modules, config.was_measured
         self._clamped: list[str] = []
         self._energy_ranks: dict[str, int] = {}
         self._progress = tqdm(desc="Starting adapters", unit=" layers", delay=2, leave=False)
@@ -72,13 +75,13 @@ class SpectralModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             undo_injection(model, adapter_name, former)
+            config.rank_pattern, config.dense_modules, config.was_measured = as_given
             raise
         finally:
             self._progress.close()
             del self._progress
         # A checkpoint must know the ranks of its tensors without the spectra. Noted at once: a full name could be the
         # ending of another one.
-        config: SpectralConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         config.rank_pattern = {**self._energy_ranks, **config.rank_pattern}
         config.was_measured = config.was_measured or bool(self._energy_ranks)
         if isinstance(model, PreTrainedModel):
@@ -280,8 +283,10 @@ class SpectralModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for _, layer, _ in adapter_updates(model, adapter_name):
+        for _, layer, update in adapter_updates(model, adapter_name):
             layer.settle(adapter_name)  # in place: an update that nothing has started yet shows in `state_dict` too
+            if not config.save_start:
+                refuse_changed_start(layer.key, update)
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         left_out = set() if config.save_start else start_keys(model, adapter_name)
         # PEFT looks for the names of its layers, which differ from those of a state dict where layers are wrapped.
@@ -340,8 +345,11 @@ def register(config_cls: Config) -> Config:
     """
     peft_type = SpectralPeftType(f"SPECTRAL_{config_cls.method.upper()}")
     prefix = f"{peft_type.value.lower()}_"
-    known: type = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, config_cls)  # type: ignore[call-overload]
-    if (known.__module__, known.__qualname__) != (config_cls.__module__, config_cls.__qualname__):
+    known: type | None = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # type: ignore[call-overload]
+    if known is config_cls:
+        return config_cls
+    own = config_cls.__module__, config_cls.__qualname__
+    if known is not None and (known.__module__, known.__qualname__) != own:
         raise ValueError(f"The PEFT type {peft_type.value} is taken by {known.__module__}.{known.__qualname__}.")
     if peft_type in PeftType.__members__ or prefix in {
         taken for other, taken in PEFT_TYPE_TO_PREFIX_MAPPING.items() if other.value != peft_type.value

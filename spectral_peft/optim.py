@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 from torch.optim import Optimizer
 
+from spectral_peft.errors import SpectralError
 from spectral_peft.unsupported import refuse_processes
 from spectral_peft.update import SpectralUpdate
 
@@ -142,9 +143,15 @@ def step_in_backward(
 
     Raises:
         ValueError: nothing in the model trains.
-        SpectralError: there are several processes, whose gradients are averaged only after this step.
+        SpectralError: there are several processes, whose gradients are averaged only after this step; or what trains
+            is stepped in backward already, by an earlier call.
     """
     refuse_processes("`step_in_backward`")
+    if any(module in _in_backward for module, _ in _units(model)):
+        raise SpectralError(
+            "The model is stepped in backward already. To change a learning rate, change that of the optimizers that "
+            "`step_in_backward` returned."
+        )
     groups = parameter_groups(model, lr, factor_lr=factor_lr, value_lr=value_lr, weight_decay=weight_decay)
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     optimizers = []

@@ -20,23 +20,17 @@ from spectral_peft.update import SpectralUpdate
 from spectral_peft.watch import count_as_driven, count_step, steps_seen, watch
 
 
-class _Part(NamedTuple):
-    """The trained parameters of an update that one optimizer holds, and the others of that update."""
-
-    own: list[nn.Parameter]
-    others: list[nn.Parameter]
-
-
 class _Held(NamedTuple):
     """What an optimizer moves, as it was looked up.
 
     Attributes:
-        seen: The calls of `drive` and the number of parameters of the optimizer at that time.
-        parts: By update. Only referred to: an optimizer does not keep an adapter alive that was deleted.
+        seen: The calls of `drive`, and the parameters of the optimizer by their identity, at that time.
+        parts: Its trained parameters, by update. Only referred to: an optimizer does not keep an adapter alive that
+            was deleted.
     """
 
-    seen: tuple[int, int]
-    parts: WeakKeyDictionary[SpectralUpdate, _Part]
+    seen: tuple[int, ...]
+    parts: WeakKeyDictionary[SpectralUpdate, list[nn.Parameter]]
 
 
 class _Step:
@@ -48,22 +42,18 @@ class _Step:
 
     Attributes:
         first: The parameters, by their identity, of the optimizer with which steps begin.
-        stepped: Those that have been stepped since this step began.
-        is_open: Whether an optimizer has begun that has not ended.
+        stepped: Those that have been stepped since this step began; None between two steps.
         has_ended: Whether there was a step before this one.
     """
 
     def __init__(self, first: set[int]) -> None:
         self.first = first
-        self.stepped: set[int] = set()
-        self.is_open = self.has_ended = False
+        self.stepped: set[int] | None = None
+        self.has_ended = False
 
     def is_overdue(self, own: set[int]) -> bool:
         """Whether an optimizer of these parameters begins the next step: one of them has left out this one."""
-        return bool(self.stepped) and not own.isdisjoint(self.stepped | self.first)
-
-    def end(self) -> None:
-        self.stepped, self.is_open, self.has_ended = set(), False, True
+        return bool(self.stepped and own & (self.stepped | self.first))
 
 
 # Names of optimizer state that starts at zero: of torch, transformers, bitsandbytes and torchao.
@@ -100,29 +90,28 @@ def drive(updates: Iterable[SpectralUpdate]) -> None:
             watch(update)
 
 
-def _parts(optimizer: Optimizer) -> Iterator[tuple[SpectralUpdate, set[int], _Part]]:
+def _parts(optimizer: Optimizer) -> Iterator[tuple[SpectralUpdate, set[int]]]:
     """The driven updates of which this optimizer moves parameters, with the identities of those that train now."""
     if not _driven:
         return
     # Noted per optimizer: a loop that has one for each layer would look through all updates for each of them.
-    seen = _drives, sum(len(group["params"]) for group in optimizer.param_groups)
+    ids = [id(value) for group in optimizer.param_groups for value in group["params"]]
+    seen = (_drives, *ids)
     held = _held.get(optimizer)
     if held is None or held.seen != seen:
-        held = _held[optimizer] = _Held(seen, _look_up(optimizer))
-    for update, part in held.parts.items():
-        own = {id(value) for value in part.own if value.requires_grad}
+        held = _held[optimizer] = _Held(seen, _look_up({*ids}))
+    for update, parameters in held.parts.items():
+        own = {id(value) for value in parameters if value.requires_grad}
         if own:
-            yield update, own, part
+            yield update, own
 
 
-def _look_up(optimizer: Optimizer) -> WeakKeyDictionary[SpectralUpdate, _Part]:
-    ids = {id(value) for group in optimizer.param_groups for value in group["params"]}
-    parts: WeakKeyDictionary[SpectralUpdate, _Part] = WeakKeyDictionary()
+def _look_up(ids: set[int]) -> WeakKeyDictionary[SpectralUpdate, list[nn.Parameter]]:
+    parts: WeakKeyDictionary[SpectralUpdate, list[nn.Parameter]] = WeakKeyDictionary()
     for update in _driven:
-        trained = [value for _, value in update.trained_parameters()]
-        own = [value for value in trained if id(value) in ids]
+        own = [value for _, value in update.trained_parameters() if id(value) in ids]
         if own:
-            parts[update] = _Part(own, [value for value in trained if id(value) not in ids])
+            parts[update] = own
     return parts
 
 
@@ -205,7 +194,7 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    parts = [(update, own) for update, own, _ in _parts(optimizer)]
+    parts = list(_parts(optimizer))
     if parts and isinstance(optimizer, torch.optim.LBFGS):
         raise SpectralError(
             f"{type(parts[0][0]).__name__} changes its parameters after every step, which makes the history of LBFGS "
@@ -217,7 +206,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
     _end([update for update, own in parts if steps[update].is_overdue(own)])
     begun = [update for update, step in steps.items() if not step.stepped]
     for update in begun:
-        steps[update].is_open = True
+        steps[update].stepped = set()
     return _begin_with(begun, args, kwargs)
 
 
@@ -244,32 +233,31 @@ def _begin_with(updates: Iterable[SpectralUpdate], args: Any, kwargs: Any) -> tu
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     parts = list(_parts(optimizer))
-    for update, _, _ in parts:
+    for update, _ in parts:
         count_step(update)
     if not parts or _is_skipped(optimizer):
         return
     ended = []
-    for update, own, part in parts:
+    for update, own in parts:
         step = _steps.get(update)
-        if step is not None and step.is_open:  # not so for an optimizer around one that has ended it
+        if step is not None and step.stepped is not None:  # not so for an optimizer around one that has ended it
             step.stepped |= own
-            if not _awaited(update, step, part.others):
+            if not _awaited(update, step.stepped, step.has_ended):
                 ended.append(update)
     _end(ended)
 
 
-def _awaited(update: SpectralUpdate, step: _Step, others: list[nn.Parameter]) -> bool:
-    """Whether another optimizer has yet to step some of these parameters."""
-    missing = {id(value) for value in others if value.requires_grad} - step.stepped
-    if not (missing and step.has_ended):
-        return bool(missing)
-    known = (held.parts[update].own for held in _held.values() if update in held.parts)
-    return any(id(value) in missing for own in known for value in own)
+def _awaited(update: SpectralUpdate, stepped: set[int], has_ended: bool) -> set[int]:
+    """The parameters, by their identity, that another optimizer has yet to step."""
+    missing = {id(value) for _, value in update.trained_parameters() if value.requires_grad} - stepped
+    if missing and has_ended:
+        missing &= {id(value) for held in _held.values() for value in held.parts.get(update, ())}
+    return missing
 
 
 def _end(updates: list[SpectralUpdate]) -> None:
     for update in updates:
-        _steps[update].end()
+        _steps[update].stepped, _steps[update].has_ended = None, True
     take_step(updates, list(_held))
 
 
@@ -302,7 +290,7 @@ def finish_step(steps: dict[SpectralUpdate, int], optimizer: Any) -> None:
 def _held_updates(optimizer: Any) -> set[SpectralUpdate]:
     """Those of which a torch optimizer moves parameters: this one, if it is one, or one that has stepped."""
     known = {*_held, optimizer} if isinstance(optimizer, Optimizer) else {*_held}
-    return {update for each in known for update, _, _ in _parts(each)}
+    return {update for each in known for update, _ in _parts(each)}
 
 
 def trained_updates(model: nn.Module) -> list[SpectralUpdate]:

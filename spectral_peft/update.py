@@ -55,6 +55,11 @@ def compute_dtype(x: Tensor, parameter: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else parameter.dtype
 
 
+def in_float32(value: Tensor) -> Tensor:
+    """In float32 at least: in 16 bits a small change of a number is lost when it is added to it."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 class Factor(nn.Module):
     """A matrix M (out_features, in_features) as the map x -> x M^T.
 
@@ -105,7 +110,8 @@ class SpectralUpdate(nn.Module, ABC):
 
     With ``replaces`` false, this is added to x @ W.T: the matrix is the change of W, and zero at the start. With
     ``replaces`` true it stands in the place of x @ W.T, which is then not computed: the matrix is W at the start.
-    Either way an adapter that was just added leaves the model's function as it is. What is not trained is frozen:
+    Either way an adapter that was just added leaves the model's function as it is, but for methods that say what they
+    give up. What is not trained is frozen:
     parameters without gradient, so that FSDP shards them and copies by name find them.
 
     Among the trained children, ``orthonormal`` names the factors whose longer side holds the entries of unit vectors,
@@ -188,7 +194,7 @@ class SpectralUpdate(nn.Module, ABC):
             SpectralError: the method has no update for it.
         """
         raise SpectralError(
-            f"a weighted sum of changes is not one by {type(self).__name__}, whose factors are those of a weight. "
+            f"{type(self).__name__} does not implement `take_change_`, with which an update becomes a given change. "
             "Merge the adapters into copies of the model and average those, or export each as a LoRA (`export_lora`) "
             "and combine the LoRAs."
         )
@@ -207,6 +213,11 @@ class SpectralUpdate(nn.Module, ABC):
     def singular_values(self) -> Tensor | None:  # shape: (r,)
         """The singular values as they are now, in no order and of either sign; None if the method has none."""
         return None
+
+    @property
+    def period(self) -> int:
+        """Optimizer steps from one change by the schedule to the next."""
+        return 1
 
     def statistics(self) -> dict[str, float]:
         """The method's own figures for logs, by name, such as how often its vectors were swapped."""
@@ -259,6 +270,8 @@ class SpectralUpdate(nn.Module, ABC):
         Raises:
             SpectralError: the schedule could not work on the parameters (FSDP1).
         """
+        if mode:
+            self.freeze_start_()
         if mode and self.scheduled:
             refuse_flattened(self)
         if mode and self._was_cast():
@@ -308,7 +321,10 @@ class SpectralUpdate(nn.Module, ABC):
         return any(parameter.is_meta for parameter in self.parameters())
 
     def is_started(self) -> bool:
-        """Whether the start was set, by `start_` or by a checkpoint: a matrix of singular vectors is never zero."""
+        """Whether the start was set, by `start_` or by a checkpoint: what is frozen has an entry that is not zero.
+
+        A method of which all that is frozen can be zero overrides this.
+        """
         return any(bool(weight.any()) for _, weight in self.frozen())
 
     def has_moved(self) -> bool:

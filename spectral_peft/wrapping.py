@@ -37,13 +37,20 @@ def wrap(base_layer: nn.Module, key: str) -> SpectralLinear:
     return SpectralEmbedding(base_layer, key) if isinstance(inner, nn.Embedding) else SpectralLinear(base_layer, key)
 
 
+UNCALLED_IN_MAMBA = {"x_proj", "dt_proj", "out_proj", "conv1d"}
+
+
 def refuse_fused(parent: nn.Module, key: str) -> None:
-    """Raises TypeError for a layer of an nn.TransformerEncoderLayer, whose fast path calls none of its layers."""
-    if isinstance(parent, nn.TransformerEncoderLayer):
+    """Raises TypeError for a layer whose parent computes with its weight without calling it.
+
+    nn.TransformerEncoderLayer does so in evaluation; Mamba's mixers, which are known by their parameter `A_log`, on a
+    GPU, and with some layers everywhere.
+    """
+    in_mamba = hasattr(parent, "A_log") and key.rpartition(".")[2] in UNCALLED_IN_MAMBA
+    if in_mamba or isinstance(parent, nn.TransformerEncoderLayer):
         raise TypeError(
-            f"Target module {key} belongs to an nn.TransformerEncoderLayer, which computes with the weights of its "
-            "layers without calling them in evaluation: an adapter there would have no effect then. Leave it out with "
-            "`exclude_modules`."
+            f"Target module {key} belongs to a {type(parent).__name__}, which computes with the weight of this layer "
+            "without calling it: an adapter there would have no effect. Leave it out with `exclude_modules`."
         )
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_peft import SpectralError, SVFitConfig
 from spectral_peft.linalg import allocate_ranks
-from tests.methods import Method
+from tests.methods import METHODS, Method
 from tests.models import batch, gpt2, layers, llama, logits, train_
 from tests.truncated import TruncatedConfig
 
@@ -115,6 +115,15 @@ def test_a_budget_below_one_triplet_of_each_is_refused(free_rank_method: Method)
     assert not list(layers(model))
     assert (config.rank_pattern, config.dense_modules) == ({}, [])
     assert torch.equal(logits(model), logits(llama()))
+
+
+def test_a_failure_leaves_the_config_as_it_was(free_rank_method: Method) -> None:
+    other = next(method for method in METHODS if method.config is not free_rank_method.config)
+    model = inject_adapter_in_model(other(r=4, target_modules=["up_proj"]), llama(), "taken")
+    config = free_rank_method(r="budget=0.5", target_modules=["up_proj"])
+    with pytest.raises(ValueError, match="there is an adapter 'taken'"):
+        inject_adapter_in_model(config, model, "taken")
+    assert (config.rank_pattern, config.dense_modules, config.was_measured) == ({}, [], False)
 
 
 def test_a_broken_weight_is_named(free_rank_method: Method) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def gradient_moments(model: nn.Module, names: list[str], batches: list[dict[str,
     ]
     masks = []
     for inputs in batches:
-        model(**inputs).loss.backward()
+        (model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum()).backward()
         masks.append(inputs["attention_mask"].bool().flatten())
     for handle in handles:
         handle.remove()
@@ -292,6 +293,7 @@ def test_gradients_are_those_at_the_outputs(frozen: bool) -> None:
     mask = torch.ones_like(batch())
     mask[0, -3:] = 0
     batches = [{"input_ids": batch(seed), "attention_mask": mask, "labels": batch(seed)} for seed in (0, 1)]
+    batches[1]["labels"][:, 4:] = -100  # of fewer labels the mean is larger, and each counts alike all the same
     expected = gradient_moments(model, names, batches)
     model.requires_grad_(not frozen)
     calibration = calibrate(model, batches, ["q_proj", "down_proj"], gradients=True)
@@ -306,6 +308,21 @@ def test_a_tensor_is_its_own_labels() -> None:
     model, ids = llama().eval(), batch()
     one, other = (calibrate(model, [b], ["up_proj"], gradients=True) for b in (ids, {"input_ids": ids, "labels": ids}))
     assert all(torch.equal(one.gradients[name], value) for name, value in other.gradients.items())
+
+
+def test_what_follows_may_work_in_place() -> None:
+    class Rectified(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.relu, self.down = nn.Linear(8, 16), nn.ReLU(inplace), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=self.down(self.relu(self.up(x))).square().mean())
+
+    x = torch.randn(5, 8)
+    found = [calibrate(Rectified(inplace), [{"x": x}], ["up"], gradients=True) for inplace in (False, True)]
+    assert torch.equal(found[0].gradients["up"], found[1].gradients["up"])
 
 
 def test_gradients_need_a_loss() -> None:

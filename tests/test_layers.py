@@ -26,6 +26,15 @@ from tests.tolerance import tolerance
 FUNCTION = tolerance(torch.float32, 64)
 
 
+class Mixer(nn.Module):
+    """The parts of a Mamba block by which it is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(8))
+        self.dt_proj = nn.Linear(8, 8, bias=False)
+
+
 class Tower(nn.Module):
     """One module of every kind that may or may not take an adapter."""
 
@@ -40,6 +49,7 @@ class Tower(nn.Module):
         self.quantized = nn.Linear(8, 8)
         self.renormalized = nn.Embedding(20, 8, max_norm=1.0)
         self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.mixer = Mixer()
         self.head = nn.Linear(8, 4)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -78,10 +88,9 @@ def test_every_kind_of_layer_computes_its_merged_weight(method: Method, name: st
     delta = delta if name == "up" else delta.T
     torch.testing.assert_close(layer.get_delta_weight("default").double(), delta, rtol=FUNCTION, atol=FUNCTION)
     merged = model.merge_and_unload()
-    rounding = FUNCTION if method.replaces else None  # of the product of factors, or of the sum alone
     expected_weight = tower().get_submodule(name).weight + delta
     torch.testing.assert_close(
-        merged.get_submodule(name).weight.double(), expected_weight, rtol=rounding, atol=rounding
+        merged.get_submodule(name).weight.double(), expected_weight, rtol=FUNCTION, atol=FUNCTION
     )
     torch.testing.assert_close(merged(IDS), expected, rtol=FUNCTION, atol=FUNCTION)
 
@@ -145,7 +154,8 @@ def test_a_name_is_that_of_one_method(method: Method) -> None:
         ("norm", r"norm is a LayerNorm; supported are"),
         ("quantized", r"quantized \(Linear\) is torch\.int8; supported are float16"),
         ("attention.out_proj", r"out_proj is the output projection of an nn\.MultiheadAttention, .* no effect"),
-        ("encoder.linear1", r"encoder\.linear1 belongs to an nn\.TransformerEncoderLayer.* no effect"),
+        ("mixer.dt_proj", r"mixer\.dt_proj belongs to a Mixer.* no effect.*exclude_modules"),
+        ("encoder.linear1", r"encoder\.linear1 belongs to a TransformerEncoderLayer.* no effect"),
         ("renormalized", r"renormalized is an nn\.Embedding that renormalizes"),
     ],
 )

@@ -64,6 +64,23 @@ def test_autocast_does_not_round_what_is_merged(method: Method) -> None:
         assert torch.equal(layer.merged_weight("default"), expected)
 
 
+def test_a_merged_weight_is_no_base(method: Method, tmp_path: Path) -> None:
+    """Neither does another adapter start from it, nor is the merged one loaded anew: it could not be taken out."""
+    model = get_peft_model(llama(), method(target_modules=["up_proj"]))
+    train_(model, method.lr)
+    model.save_pretrained(tmp_path)
+    before = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    with pytest.raises(SpectralError, match=r"up_proj: an adapter starts from the base weight, into which"):
+        model.add_adapter("other", method(target_modules=["up_proj"]))
+    with pytest.raises(SpectralError, match=r"up_proj: 'default' is merged; call `unmerge_adapter`"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_that_replaces_is_not_merged_over_another(tmp_path: Path) -> None:
     model = get_peft_model(llama(), SSTConfig(r=4, pool=8, target_modules="all-linear"))
     model.add_adapter("whole", SSTConfig(r=4, target_modules="all-linear"))

@@ -13,8 +13,15 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from spectral_peft import SCTConfig, create_spectral_optimizer, parameter_groups, step_in_backward, untargeted_modules
-from tests.methods import Method
+from spectral_peft import (
+    SCTConfig,
+    SpectralError,
+    create_spectral_optimizer,
+    parameter_groups,
+    step_in_backward,
+    untargeted_modules,
+)
+from tests.methods import SVFIT, Method
 from tests.models import batch, gpt2, layers, llama, train_, trainable, updates
 
 
@@ -102,6 +109,13 @@ def test_steps_in_backward_are_those_of_a_plain_loop(method: Method) -> None:
         other(input_ids=batch(number), labels=batch(number)).loss.backward()
     for (name, expected), value in zip(plain.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_a_second_call_of_steps_in_backward_is_refused() -> None:
+    model = get_peft_model(llama(), SVFIT(r=4))
+    step_in_backward(model, torch.optim.SGD, lr=1.0)
+    with pytest.raises(SpectralError, match="stepped in backward already"):
+        step_in_backward(model, torch.optim.SGD, lr=2.0)
 
 
 def test_steps_in_backward_go_with_the_model(method: Method) -> None:

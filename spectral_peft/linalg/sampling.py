@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from types import MappingProxyType
@@ -42,6 +43,11 @@ def draw(p: Tensor, r: int, seed: int) -> Tensor:  # shape: (k,) -> (r,) int64, 
     gumbel = -torch.log(-torch.log(noise.clamp(min=1e-300)))
     scores = p.detach().cpu().double().log() + gumbel
     return scores.topk(r).indices.sort().values
+
+
+def seed_of(text: str) -> int:
+    """A seed for a generator, the same one on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def top(S: Tensor, r: int) -> Tensor:  # shape: (k,) -> (r,)

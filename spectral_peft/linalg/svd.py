@@ -29,9 +29,7 @@ def svd(
         TypeError: `A` is not of a real floating-point dtype.
         SpectralError: `A` has no data (meta), has NaN or Inf entries, or no driver converges.
     """
-    A = working_copy(A)
-    with factorizing(A):
-        return _finished(decompose(A))
+    return _exact(A, min(A.shape[-2:]))
 
 
 def svd_of_product(
@@ -111,7 +109,7 @@ def randomized_svd(
     come from an own generator with a fixed seed: same matrix, same result, and the global state is left alone.
 
     Source: Halko, Martinsson & Tropp (2011), Algorithm 4.4, with oversampling; the shift of A^T A that accelerates it
-    is that of Feng, Yu & Xie (2023), dashSVD, ACM TOMS Algorithm 1043.
+    is that of dashSVD (Feng, Yu, Xie & Tang, 2024, arXiv 2404.09276, ACM TOMS Algorithm 1043).
 
     Raises:
         TypeError, SpectralError: as `svd`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,11 @@ from spectral_peft.config import CalibratedConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, svd_of_product, tangent_projection
 from spectral_peft.linalg.precision import working_copy
+from spectral_peft.linalg.sampling import seed_of
 from spectral_peft.model import register
 from spectral_peft.retraction import RETRACTIONS, Point, diverged, measured, retract_
 from spectral_peft.schedule import Count
-from spectral_peft.update import Size, SpectralUpdate
+from spectral_peft.update import Size, SpectralUpdate, in_float32
 
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class SCT(SpectralUpdate):
         ||W||_F is then that of a dense matrix whose entries have the standard deviation `std`. The random numbers
         depend on the seed and the name of the module alone.
         """
-        digest = hashlib.sha256(f"{self.seed} {self.key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(seed_of(f"{self.seed} {self.key}"))
         for X, _ in self.points():
             X.copy_(torch.randn(X.shape, generator=generator, dtype=torch.promote_types(X.dtype, torch.float32)))
         retract_(self.points(), "cholesky_qr")
@@ -115,12 +114,16 @@ class SCT(SpectralUpdate):
 
     def singular_values(self) -> Tensor:  # shape: (r,)
         """The singular values as they are now, in no order, and of either sign; in float32 at least."""
-        return self.S.weight.to(torch.promote_types(self.S.weight.dtype, torch.float32)) + self.dS.weight
+        return in_float32(self.S.weight) + self.dS.weight
 
     def factors(self) -> Factors:
         """The triplets as they are now, in float32 at least."""
         S = self.singular_values()
         return Factors(self.U.weight.to(S.dtype), S, self.Vh.weight.to(S.dtype))
+
+    @property
+    def period(self) -> int:
+        return self.rule.every
 
     def statistics(self) -> dict[str, float]:
         """`retractions`: steps of this process after which U or Vh was made orthonormal."""
@@ -286,6 +289,10 @@ class SCTConfig(CalibratedConfig):
         self._check_least("retract_every", 1)
         if self.init_std is not None and not self.init_std > 0:
             raise ValueError(f"`init_std` should be positive, or None for that of the weight, got {self.init_std}.")
+        if self.init == "svd" and self.init_std is not None:
+            raise ValueError(f'`init_std` is for `init="random"`, and has no effect otherwise; got {self.init_std}.')
+        if self.init == "random" and self.calibration is not None:
+            raise ValueError('`calibration` is for `init="svd"`: a random start looks at no weight and no inputs.')
         if self.retract_tolerance is not None and not self.retract_tolerance > 0:
             raise ValueError(f"`retract_tolerance` should be positive, or None, got {self.retract_tolerance}.")
         if not self.save_start:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,10 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, completed, same_matrix, sketch, svd_of_product
-from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, top
+from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, seed_of, top
 from spectral_peft.model import register
 from spectral_peft.schedule import Count, Schedule
-from spectral_peft.update import Size, SpectralUpdate, compute_dtype
+from spectral_peft.update import Size, SpectralUpdate, compute_dtype, in_float32
 
 
 SAME_REST = 1e-2
@@ -57,7 +57,7 @@ class SST(SpectralUpdate):
         super().__init__(size)
         m, n, r = size[:3]
         self.schedule, self.sampling, self.enhanced = schedule, sampling, enhanced
-        self.seed = f"{seed} {size.key}"
+        self.key, self.seed = size.key, seed
         self.U = size.factor(m, r)
         self.Vh = size.factor(r, n)
         self.S = size.diagonal(k)
@@ -79,12 +79,19 @@ class SST(SpectralUpdate):
         self._take(factors)
         self._swap(self._next(0))
 
+    def is_started(self) -> bool:
+        """By U: all singular values of a zero weight are zero, and all vectors may train."""
+        return bool(self.U.weight.any())
+
     # The function
 
     def singular_values(self) -> Tensor:  # shape: (k,)
-        """The singular values as they are now, by slot, in float32 at least: in 16 bits a small change is lost."""
-        dtype = torch.promote_types(self.S.weight.dtype, torch.float32)
-        return self.S.weight.to(dtype) + self.dS.weight
+        """The singular values as they are now, by slot, in float32 at least."""
+        return in_float32(self.S.weight) + self.dS.weight
+
+    @property
+    def period(self) -> int:
+        return self.schedule.steps_per_iteration
 
     def statistics(self) -> dict[str, float]:
         """`swaps`, changes of the trained vectors since the start, and `decompositions`, SVDs of the weight."""
@@ -104,11 +111,10 @@ class SST(SpectralUpdate):
         )
 
     def factors(self) -> Factors:
-        """All triplets by slot, rounded to the dtype of the trained ones, in float32 at least."""
-        dtype, S = self.U.weight.dtype, self.singular_values()
-        U = torch.cat([self.U.weight, self.U_rest.weight.to(dtype)], dim=1)
-        Vh = torch.cat([self.Vh.weight, self.Vh_rest.weight.to(dtype)])
-        return Factors(U.to(S.dtype), S, Vh.to(S.dtype))
+        """All triplets by slot, in float32 at least."""
+        U = torch.cat([in_float32(self.U.weight), in_float32(self.U_rest.weight)], dim=1)
+        Vh = torch.cat([in_float32(self.Vh.weight), in_float32(self.Vh_rest.weight)])
+        return Factors(U, self.singular_values(), Vh)
 
     def matrix(self) -> Tensor:
         return self.factors().matrix()
@@ -125,8 +131,13 @@ class SST(SpectralUpdate):
 
     # Exchanged vectors belong together
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}U.weight" in state_dict and f"{prefix}order" not in state_dict:
+            raise SpectralError(
+                f"The vectors of {self.key} that train come without `order`, which says which ones they are, and "
+                "without the others. Keep all tensors: `model.state_dict()`, or those of `get_peft_model_state_dict`."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._was_loaded = True
 
     def _refuse_other_rest(self) -> None:
@@ -137,7 +148,7 @@ class SST(SpectralUpdate):
         of_rest = self.fingerprint[1].cpu().view(torch.float32)
         if of_rest.any() and not same_matrix(of_rest, sketch(self.start_vector()).cpu(), SAME_REST):
             raise SpectralError(
-                f"The vectors of {self.seed.partition(' ')[2]} that do not train are not those that the trained ones "
+                f"The vectors of {self.key} that do not train are not those that the trained ones "
                 "were saved with: the checkpoint holds trainable parameters alone. With Trainer and FSDP2 set "
                 "`state_dict_type` to SHARDED_STATE_DICT, or start from the adapter that `save_pretrained` wrote."
             )
@@ -185,7 +196,7 @@ class SST(SpectralUpdate):
         for name, value in self.trained_parameters():
             if not torch.isfinite(value).all():
                 raise SpectralError(
-                    f"{name} of {self.seed.partition(' ')[2]} holds NaN or Inf after {int(self.step)} steps: the "
+                    f"{name} of {self.key} holds NaN or Inf after {int(self.step)} steps: the "
                     "training has diverged. Lower the learning rate, or clip gradients."
                 )
 
@@ -210,10 +221,10 @@ class SST(SpectralUpdate):
         by_slot = self.singular_values()
         S = torch.empty_like(by_slot).index_copy(0, self.order, by_slot)
         if self.sampling == "sequential":
-            return in_turn(len(S), self.r, iteration % self.schedule.iterations_per_round)
+            return in_turn(len(S), self.r, iteration)
         if self.sampling == "top":
             return top(S, self.r)
-        return draw(PROBABILITIES[self.sampling](S), self.r, _number(f"{self.seed} {iteration}"))
+        return draw(PROBABILITIES[self.sampling](S), self.r, seed_of(f"{self.seed} {self.key} {iteration}"))
 
     @torch.no_grad()
     def _swap(self, chosen: Tensor) -> None:
@@ -259,22 +270,23 @@ class PooledSST(SST):
         self.start_(completed(change, len(self.S.weight)))
         self.S0.weight.zero_()
 
-    def start_factors(self) -> Factors:
-        """The triplets of the start, rounded as those of now are: they cancel exactly."""
-        dtype, S0 = self.U.weight.dtype, self.S0.weight.to(torch.promote_types(self.S0.weight.dtype, torch.float32))
-        return Factors(self.U0.weight.to(dtype).to(S0.dtype), S0, self.Vh0.weight.to(dtype).to(S0.dtype))
+    def start_segments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """U0, S0 and Vh0, of the first r and of the rest; the first r rounded as U and Vh are, to cancel them exactly.
+
+        In the order of the arguments of `segmented_product`.
+        """
+        r, dtype, U0, Vh0 = self.r, self.U.weight.dtype, self.U0.weight, self.Vh0.weight
+        return U0[:, :r].to(dtype), in_float32(self.S0.weight), Vh0[:r].to(dtype), U0[:, r:], Vh0[r:]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(x)
-        return self._product(x, self.factors()) - self._product(x, self.start_factors())
-
-    def _product(self, x: Tensor, factors: Factors) -> Tensor:
-        """All of the pool in one segment, by the same operations for now and for the start."""
-        U, S, Vh = factors
-        return segmented_product(x, U, S, Vh, U[:, :0], Vh[:0], enhanced=self.enhanced, dtype=U.dtype)
+        x, S = self.dropout(x), self.singular_values()
+        now = self.U.weight, S, self.Vh.weight, self.U_rest.weight, self.Vh_rest.weight
+        product = partial(segmented_product, x, enhanced=self.enhanced, dtype=S.dtype)
+        return product(*now) - product(*self.start_segments())
 
     def thin_change(self) -> tuple[Tensor, Tensor]:
-        (U, S, Vh), (U0, S0, Vh0) = self.factors(), self.start_factors()
+        (U, S, Vh), (U0, S0, Vh0, *rest) = self.factors(), self.start_segments()
+        U0, Vh0 = torch.cat([in_float32(U0), rest[0]], dim=1), torch.cat([in_float32(Vh0), rest[1]])
         return torch.cat([U * S, -U0 * S0], dim=1), torch.cat([Vh, Vh0])
 
     def restored(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -295,8 +307,8 @@ class SSTConfig(SpectralConfig):
     Args:
         r: Number of singular vector pairs per weight that train at a time; more than a weight has raises ValueError.
         pool: None trains all min(out_features, in_features) triplets in place of the base weight. An integer K trains
-            within the K leading ones, or all where there are fewer, added to the base weight: for fine-tuning, with
-            the memory of LoRA of rank K.
+            within the K leading ones, or all where there are fewer, added to the base weight: for fine-tuning. It
+            stores twice the numbers of LoRA of rank K; gradients and optimizer state are those of rank r.
         steps_per_iteration: Optimizer steps between changes of the trained vectors.
         iterations_per_round: Iterations between SVDs of the weight; None means ceil(k / r), k the number of triplets.
         warmup_steps: Optimizer steps of linear warm-up after every change of the trained vectors, fewer than
@@ -347,6 +359,8 @@ class SSTConfig(SpectralConfig):
             )
         if self.pool is not None and isinstance(self.r, int) and self.r > self.pool:
             raise ValueError(f"`r` should be at most `pool` ({self.pool}), got {self.r}.")
+        if self.pool is not None and not self.keep_base_weight:
+            raise ValueError("`keep_base_weight` should be True with a `pool`, which is added to the base weight.")
         if not self.save_start:
             raise ValueError("`save_start` should be True: the vectors of SST change, they cannot be recomputed.")
 
@@ -382,11 +396,6 @@ class SSTConfig(SpectralConfig):
         return update
 
 
-def _number(seed: str) -> int:
-    """A seed of a generator, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
-
-
 def _normalize_(X: Tensor, dim: int) -> None:
     """`F.normalize` in place, bit by bit, without its copy of X."""
     X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
@@ -394,6 +403,6 @@ def _normalize_(X: Tensor, dim: int) -> None:
 
 def _scrambled(factors: Factors, seed: str) -> Factors:
     """The same singular values with random orthonormal vectors."""
-    generator = torch.Generator().manual_seed(_number(seed))
+    generator = torch.Generator().manual_seed(seed_of(seed))
     U, Vh = (torch.randn(value.shape, generator=generator).to(value) for value in (factors.U, factors.Vh))
     return Factors(torch.linalg.qr(U).Q, factors.S, torch.linalg.qr(Vh.mT).Q.mT)

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_peft.config import SpectralConfig
 from spectral_peft.linalg import Factors
 from spectral_peft.model import register
-from spectral_peft.update import Size, SpectralUpdate
+from spectral_peft.update import Size, SpectralUpdate, in_float32
 
 
 class SVFit(SpectralUpdate):
@@ -48,14 +48,14 @@ class SVFit(SpectralUpdate):
         self.dS.weight.copy_(change.S)
 
     def singular_values(self) -> Tensor:  # shape: (r,)
-        """Those of the adapted weight that belong to the r leading singular vectors."""
-        return self.S.weight + self.dS.weight
+        """Those of the adapted weight that belong to the r leading singular vectors, in float32 at least."""
+        return in_float32(self.S.weight) + self.dS.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.U(self.dS(self.Vh(self.dropout(x))))
 
     def thin_change(self) -> tuple[Tensor, Tensor]:
-        return self.U.weight * self.dS.weight, self.Vh.weight
+        return in_float32(self.U.weight) * in_float32(self.dS.weight), in_float32(self.Vh.weight)
 
 
 @register

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spectral_peft import SCT, RetractionRule, SCTConfig, Size, SpectralError, calibrate, export_lora
+from spectral_peft import SCT, Calibration, RetractionRule, SCTConfig, Size, SpectralError, calibrate, export_lora
 from spectral_peft.linalg import orthonormality_error
 from spectral_peft.training import drive
 from tests.models import batch, layers, llama, logits, train_, trainable, updates
@@ -419,6 +419,8 @@ def test_a_random_start_of_a_broken_weight_is_refused() -> None:
         ({"retract_tolerance": 0.0}, r"`retract_tolerance` should be positive, or None, got 0\.0"),
         ({"retract_tolerance": float("nan")}, "`retract_tolerance` should be positive"),
         ({"save_start": False}, "`save_start` should be True"),
+        ({"init_std": 0.1}, '`init_std` is for `init="random"`'),
+        ({"init": "random", "calibration": Calibration({}, {})}, '`calibration` is for `init="svd"`'),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, object], message: str) -> None:

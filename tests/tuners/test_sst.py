@@ -244,11 +244,67 @@ def test_frozen_vectors_can_be_held_in_bfloat16() -> None:
         ({"init": "zero"}, "`init` should be one of 'svd', 'random'"),
         ({"frozen_dtype": "int8"}, "`frozen_dtype` should be one of None, 'bfloat16'"),
         ({"save_start": False}, "`save_start` should be True"),
+        ({"r": 4, "pool": 8, "keep_base_weight": False}, "`keep_base_weight` should be True with a `pool`"),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSTConfig(**fields)
+
+
+@pytest.mark.parametrize("rows", [7, 150])  # by segments, and by way of W
+def test_a_second_derivative_is_refused(rows: int) -> None:
+    update, x = sst(torch.randn(16, 10)), torch.randn(rows, 10, requires_grad=True)
+    (slope,) = torch.autograd.grad(update(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_in_float16_the_gradients_of_values_do_not_overflow() -> None:
+    """A loss scale makes gradients of a few thousand usual."""
+    update, x = sst(torch.randn(16, 16)), torch.randn(7, 16)
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        update.dS.weight.grad = None
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            update(100 * x).backward(torch.full((7, 16), 3000.0, dtype=dtype))
+        gradients.append(update.dS.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-2, atol=1e-2 * float(gradients[0].abs().max()))
+
+
+def test_all_take_their_turn_over_short_rounds() -> None:
+    update = sst(torch.randn(12, 12), r=2, sampling="sequential", steps_per_iteration=1, iterations_per_round=2)
+    optimizer, seen = torch.optim.SGD(trainable(update), lr=0.0), set()
+    for _ in range(6):
+        seen.update(update.order[:2].tolist())
+        step(update, optimizer, torch.randn(5, 12))
+    assert seen == set(range(12))
+
+
+@pytest.mark.parametrize("r", [4, 8])  # some of the vectors, and all
+def test_what_starts_from_zero_reloads(r: int, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(8, 8))
+    nn.init.zeros_(base[0].weight)
+    model = get_peft_model(copy.deepcopy(base), SSTConfig(r=r, target_modules=["0"], steps_per_iteration=1000))
+    optimizer, x = torch.optim.Adam(trainable(model), lr=1e-2), torch.randn(5, 8)
+    for _ in range(5):
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    assert model(x).sub(base(x)).abs().max() > 1e-3
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("pool", [None, 8])
+def test_trained_vectors_without_the_others_are_refused(pool: int | None) -> None:
+    """Loop of a user who keeps the best of what requires a gradient: after a swap other triplets train."""
+    model = get_peft_model(llama(), SSTConfig(r=4, pool=pool, target_modules=["up_proj"]))
+    before = logits(model)
+    kept = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    with pytest.raises(SpectralError, match=r"up_proj that train come without `order`.*get_peft_model_state_dict"):
+        model.load_state_dict(kept, strict=False)
+    assert torch.equal(logits(model), before)
 
 
 def test_the_warm_up_ends_within_an_iteration() -> None:
