@@ -13,6 +13,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.config import PeftConfig
 
+from spectral_peft.update import Size
+
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- spectral_peft: begin -->", "<!-- spectral_peft: end -->"
@@ -91,10 +93,10 @@ def _part(config: Any, loading: str) -> str:
     name = type(config).__name__.removesuffix("Config")
     base = base_id(config)
     based = f" of [{base}](https://huggingface.co/{base})" if base else ""
-    paper = f" The method: {config.paper}." if config.paper else ""
+    paper = f" Paper: {config.paper}." if config.paper else ""
     return f"""# {name} adapter
 
-Adapter{based}, trained with {name} of `spectral_peft`, a plugin for PEFT.{paper}
+Adapter{based}, trained with {name}, a method of `spectral_peft` (a plugin for PEFT).{paper}
 
 ## Load it
 
@@ -106,15 +108,23 @@ With `spectral_peft` installed:
 
 ## Use it without spectral_peft
 
-Load it once as above, and save the model in a form that needs no plugin: `spectral_peft.export_lora(model, "my-lora")`
-for a plain LoRA (`rank=...` approximates a change of full rank), or `spectral_peft.export_merged(model, "my-model")`
-for dense weights.
+Load it once as above, and save the model in a form that needs no plugin: {_ways_out(config)}
 
 ## Hyper-parameters
 
 {_hyper_parameters(config)}
 
 `adapter_config.json` has the others."""
+
+
+def _ways_out(config: Any) -> str:
+    update = config.build(Size(4, 4, 1))
+    if update.replaces and update.frees_base:
+        return """`spectral_peft.export_merged(model, "my-model")` writes
+dense weights. A plain LoRA is not possible: the base weight was given up."""
+    return """`spectral_peft.export_lora(model, "my-lora")`
+for a plain LoRA (`rank=...` approximates a change of full rank), or `spectral_peft.export_merged(model, "my-model")`
+for dense weights."""
 
 
 def _hyper_parameters(config: Any) -> str:

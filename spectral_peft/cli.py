@@ -34,7 +34,7 @@ from spectral_peft.verification import verify
 
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help="Spectral adapters: look, measure, convert."
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Inspect, check and convert spectral adapters."
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -123,7 +123,11 @@ def suggest(
     if plot is not None:
         weights = {row.module: base.get_parameter(f"{row.module}.weight") for row in suggestions}
         _plot(plot, {name: singular_values(weight) for name, weight in weights.items()})
-    _print([{**row._asdict(), "shape": "x".join(map(str, row.shape))} for row in suggestions], as_json)
+    rows = [{**row._asdict(), "shape": "x".join(map(str, row.shape))} for row in suggestions]
+    if not as_json:
+        rows = [{**row, "entropy": round(row["entropy"], 2)} for row in rows]
+        rows = [{"effective rank" if name == "entropy" else name: row[name] for name in row} for row in rows]
+    _print(rows, as_json)
 
 
 @app.command("estimate-memory")
@@ -133,8 +137,10 @@ def memory(
     r: Annotated[int, typer.Option(help="Rank.")] = 64,
     tokens: Annotated[int, typer.Option(help="Tokens in a batch: rows times length.")] = 2048,
     targets: Targets = "all-linear",
-    in_backward: Annotated[bool, typer.Option(help="With `step_in_backward`.")] = False,
-    on_disk: Annotated[bool, typer.Option(help="With `save_on_disk`.")] = False,
+    in_backward: Annotated[
+        bool, typer.Option(help="Plan for `step_in_backward`: gradients of one parameter at a time.")
+    ] = False,
+    on_disk: Annotated[bool, typer.Option(help="Plan for `save_on_disk`: activations in files.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Memory of a training step with AdamW and gradient checkpointing, from the config of a model alone."""
@@ -162,7 +168,9 @@ def export(
         str | None, typer.Option(help="The base model; by default the one that the adapter names.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA; by default the smallest that is exact.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the dense weights; by default that of the base.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="dtype of the written weights; by default that of the base.")
+    ] = None,
     auto_class: AutoClass = "AutoModelForCausalLM",
     as_json: AsJson = False,
 ) -> None:
@@ -196,7 +204,7 @@ def verify_adapter(adapter: Adapter, as_json: AsJson = False) -> None:
 def prune_adapter(
     adapter: Adapter,
     folder: Annotated[Path, typer.Argument(help="Where the pruned adapter goes: a new folder.")],
-    share: Annotated[float, typer.Option(help="Of the sum of the singular values that is kept, in (0, 1].")] = 0.9,
+    share: Annotated[float, typer.Option(help="Share of the sum of singular values to keep, in (0, 1].")] = 0.9,
     as_json: AsJson = False,
 ) -> None:
     """Drops the small singular values of an adapter that replaces its weights, and their vectors with them."""

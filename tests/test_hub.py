@@ -14,7 +14,16 @@ from huggingface_hub import HfApi, ModelCard, constants
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from spectral_peft import SCTConfig, SVFitConfig, build_factored, load_factored, push_to_hub, save_factored
+from spectral_peft import (
+    SCTConfig,
+    SpectralError,
+    SVFitConfig,
+    build_factored,
+    export_lora,
+    load_factored,
+    push_to_hub,
+    save_factored,
+)
 from spectral_peft.stored import open_adapter
 from tests.hub_server import Hub, point_client_at, running_hub
 from tests.methods import Method
@@ -129,6 +138,20 @@ def test_the_card_says_what_it_is_and_how_to_load_it(base: Any, hub: Hub, method
         assert f"- `{name}`: `{str(value).lower()}`" in found.text
     assert "export_lora" in found.text
     assert "export_merged" in found.text
+
+
+def test_the_card_offers_no_lora_where_the_base_was_given_up(tmp_path: Path) -> None:
+    base = llama()
+    model = get_peft_model(base, SCTConfig(r=8, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SpectralError):
+        export_lora(model, tmp_path / "lora", rank=4)
+    config = SCTConfig(r=8, target_modules="all-linear", init="random")
+    save_factored(build_factored(base.config, config), tmp_path / "factored")
+    for folder in ("adapter", "factored"):
+        text = (tmp_path / folder / "README.md").read_text()
+        assert "export_lora" not in text
+        assert 'export_merged(model, "my-model")' in text
 
 
 def test_the_code_of_the_card_runs(base: Any, hub: Hub, method: Method) -> None:
