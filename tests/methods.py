@@ -32,7 +32,12 @@ class Method:
         embeddings: Whether it can be put on an nn.Embedding.
         free_rank: Whether `r` may be as large as the weight allows.
         clamps: Whether an `r` beyond the size of a weight is clamped, or refused.
+        adds_up: Whether `add_weighted_adapter` has an adapter for a sum of changes.
+        linear: Whether it has one for a sum of what was trained from the same start.
+        has_values: Whether an update tells its singular values, in logs and reports.
         derivative: Fields with which the gradients are the derivatives of the function.
+        counting: Fields with which an update with a schedule counts its steps.
+        at_rest: Fields with which a schedule leaves the singular values to the optimizer for 100 steps.
     """
 
     name: str
@@ -50,7 +55,12 @@ class Method:
     embeddings: bool = True
     free_rank: bool = True
     clamps: bool = True
+    adds_up: bool = True
+    linear: bool = False
+    has_values: bool = True
     derivative: tuple[tuple[str, Any], ...] = ()
+    counting: tuple[tuple[str, Any], ...] = ()
+    at_rest: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, **kwargs: Any) -> SpectralConfig:
         return self.config(**{"r": 8, "target_modules": "all-linear", **dict(self.fields), **kwargs})
@@ -70,6 +80,25 @@ def best_approximation(weight: Tensor, r: int) -> Tensor:
     return ((U[:, :r] * S[:r]) @ Vh[:r]).to(weight.dtype)
 
 
+SVFIT = Method(
+    name="svfit",
+    config=SVFitConfig,
+    trained=frozenset({"dS.weight"}),
+    start=frozenset({"U.weight", "S.weight", "Vh.weight"}),
+    matrix=lambda t: t["U.weight"] @ torch.diag(t["dS.weight"]) @ t["Vh.weight"],
+    lr=1e-1,
+    linear=True,
+)
+PISSA = Method(
+    name="pissa",
+    config=PiSSAConfig,
+    trained=frozenset({"dA.weight", "dB.weight"}),
+    start=frozenset({"A0.weight", "B0.weight"}),
+    matrix=lambda t: (
+        (t["B0.weight"] + t["dB.weight"]) @ (t["A0.weight"] + t["dA.weight"]) - t["B0.weight"] @ t["A0.weight"]
+    ),
+    lr=1e-2,
+)
 SST = Method(
     name="sst",
     config=SSTConfig,
@@ -84,7 +113,9 @@ SST = Method(
     recomputable=False,
     embeddings=False,
     clamps=False,
+    adds_up=False,
     derivative=(("gradient", "default"),),
+    at_rest=(("steps_per_iteration", 100), ("warmup_steps", 0)),
 )
 POOLED_SST = replace(
     SST,
@@ -93,44 +124,32 @@ POOLED_SST = replace(
     start=SST.start | {"U0.weight", "S0.weight", "Vh0.weight"},
     matrix=lambda t: segmented(t) - t["U0.weight"] @ torch.diag(t["S0.weight"]) @ t["Vh0.weight"],
     replaces=False,
+    adds_up=True,
     free_rank=False,
 )
+SCT = Method(
+    name="sct",
+    config=SCTConfig,
+    fields=(("keep_base_weight", True),),
+    trained=frozenset({"U.weight", "dS.weight", "Vh.weight"}),
+    start=frozenset({"S.weight"}),
+    counters=frozenset({"fingerprint", "step", "schedule_digest"}),
+    matrix=lambda t: t["U.weight"] @ torch.diag(t["S.weight"] + t["dS.weight"]) @ t["Vh.weight"],
+    lr=1e-2,
+    replaces=True,
+    at_start=best_approximation,
+    recomputable=False,
+    adds_up=False,
+    counting=(("retract_every", 2),),
+)
 
-METHODS = [
-    Method(
-        name="svfit",
-        config=SVFitConfig,
-        trained=frozenset({"dS.weight"}),
-        start=frozenset({"U.weight", "S.weight", "Vh.weight"}),
-        matrix=lambda t: t["U.weight"] @ torch.diag(t["dS.weight"]) @ t["Vh.weight"],
-        lr=1e-1,
-    ),
-    Method(
-        name="pissa",
-        config=PiSSAConfig,
-        trained=frozenset({"dA.weight", "dB.weight"}),
-        start=frozenset({"A0.weight", "B0.weight"}),
-        matrix=lambda t: (
-            (t["B0.weight"] + t["dB.weight"]) @ (t["A0.weight"] + t["dA.weight"]) - t["B0.weight"] @ t["A0.weight"]
-        ),
-        lr=1e-2,
-    ),
-    SST,
-    POOLED_SST,
-    Method(
-        name="sct",
-        config=SCTConfig,
-        fields=(("keep_base_weight", True),),
-        trained=frozenset({"U.weight", "dS.weight", "Vh.weight"}),
-        start=frozenset({"S.weight"}),
-        counters=frozenset({"fingerprint", "step", "schedule_digest"}),
-        matrix=lambda t: t["U.weight"] @ torch.diag(t["S.weight"] + t["dS.weight"]) @ t["Vh.weight"],
-        lr=1e-2,
-        replaces=True,
-        at_start=best_approximation,
-        recomputable=False,
-    ),
-]
+METHODS = [SVFIT, PISSA, SST, POOLED_SST, SCT]
+SCHEDULED = [method for method in METHODS if "step" in method.counters]
+
+
+def counted(method: Method, **fields: Any) -> SpectralConfig:
+    """A config with which the updates of every scheduled method count their steps."""
+    return method(**{"r": 4, **dict(method.counting), **fields})
 
 
 def with_starts(methods: list[Method]) -> list[tuple[Method, bool]]:

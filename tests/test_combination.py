@@ -7,13 +7,13 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig
+from spectral_peft import PiSSAConfig, SpectralError
 from tests.methods import METHODS, POOLED_SST, Method
 from tests.models import gpt2, layers, llama, logits, train_
 
 
-ADDED = [method for method in METHODS if not method.replaces]
-OTHERS = [method for method in METHODS if method.replaces]
+ADDED = [method for method in METHODS if method.adds_up]
+OTHERS = [method for method in METHODS if not method.adds_up]
 WEIGHTS = [0.7, -1.5]
 
 
@@ -62,13 +62,14 @@ def test_scaling_is_kept() -> None:
     check_sum(model)
 
 
-def test_linear_keeps_rank_and_vectors_of_svfit() -> None:
-    model = get_peft_model(llama(), SVFitConfig(r=8, init_weights=False, target_modules="all-linear"), "one")
-    model.add_adapter("two", SVFitConfig(r=8, init_weights=False, target_modules="all-linear"))
+@pytest.mark.parametrize("method", [method for method in METHODS if method.linear], ids=str)
+def test_linear_keeps_rank_and_start(method: Method) -> None:
+    model = two_adapters(method)
     model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
     check_sum(model)
     for layer in layers(model):
-        assert torch.equal(layer.update_of("sum").U.weight, layer.update_of("one").U.weight)
+        one, total = (dict(layer.update_of(name).named_parameters()) for name in ("one", "sum"))
+        assert all(torch.equal(total[name], one[name]) for name in method.start)
 
 
 def test_svd_is_the_best_approximation(added_method: Method) -> None:
@@ -169,15 +170,11 @@ def test_the_pool_of_a_sum_holds_its_triplets() -> None:
             torch.testing.assert_close(factor.mT @ factor, torch.eye(24), rtol=1e-4, atol=1e-4)
 
 
-def test_linear_needs_one_start() -> None:
-    model = get_peft_model(llama(), SVFitConfig(r=8, target_modules="all-linear"), "one")
-    model.add_adapter("two", SVFitConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(SpectralError, match="different singular vectors"):
+def test_linear_needs_one_start_and_a_linear_change(method: Method) -> None:
+    model = two_adapters(method, second={"r": 4})
+    needed = "different singular vectors" if method.linear else "product of what it trains"
+    with pytest.raises(SpectralError, match=rf"layers\.0\..*{needed}"):
         model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
-    for method in ADDED[1:]:
-        others = two_adapters(method)
-        with pytest.raises(SpectralError, match=r"layers\.0\..*product of what it trains"):
-            others.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
 
 
 def test_wrong_arguments_change_nothing(added_method: Method) -> None:

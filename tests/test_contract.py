@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from spectral_peft import SpectralError
 from spectral_peft.linalg import orthonormality_error
-from tests.methods import METHODS, Method
+from tests.methods import METHODS, Method, with_starts
 from tests.models import approximated_, batch, gpt2, layers, llama, logits, tensors, train_, trainable, updates
 from tests.tolerance import tolerance
 
@@ -29,15 +29,7 @@ from tests.tolerance import tolerance
 FUNCTION = tolerance(torch.float32, 32)
 
 
-both_saves = pytest.mark.parametrize(
-    ("method", "save_start"),
-    [
-        pytest.param(method, save_start, id=f"{method}-{'saved' if save_start else 'recomputed'}")
-        for method in METHODS
-        for save_start in (True, False)
-        if save_start or method.recomputable
-    ],
-)
+both_saves = pytest.mark.parametrize(("method", "save_start"), with_starts(METHODS), ids=str)
 recomputable = pytest.mark.parametrize("method", [method for method in METHODS if method.recomputable], ids=str)
 
 
@@ -190,19 +182,6 @@ def test_copies_and_pickles(method: Method) -> None:
     model = trained_model(method)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), logits(model))
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(method: Method) -> None:
-    gradients = []
-    for checkpointed in (False, True):
-        model = trained_model(method).train()
-        if checkpointed:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable()
-        model(input_ids=batch(), labels=batch()).loss.backward()
-        gradients.append([value.grad for value in trainable(model)])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
 
 
 def test_torch_compile_traces_the_layer_whole(method: Method) -> None:

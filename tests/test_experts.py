@@ -25,7 +25,7 @@ from transformers import (
 from spectral_peft import SpectralError, export_lora, export_merged, hotswap_adapter
 from spectral_peft.experts import SpectralExperts
 from spectral_peft.stored import open_adapter
-from tests.methods import METHODS, POOLED_SST, Method, with_starts
+from tests.methods import METHODS, PISSA, POOLED_SST, SVFIT, Method, with_starts
 from tests.models import batch, layers, logits, tensors, train_, updates
 from tests.tolerance import tolerance
 
@@ -224,8 +224,7 @@ def test_several_adapters(thin_method: Method) -> None:
 
 
 def test_adapters_of_two_methods_share_a_model(tmp_path: Path) -> None:
-    svfit, pissa = METHODS[:2]
-    for number, method in enumerate((svfit, pissa)):
+    for number, method in enumerate((SVFIT, PISSA)):
         get_peft_model(moe(), config_of(method, init_weights=False)).save_pretrained(tmp_path / str(number))
     model, alone = moe(), []
     for number in range(2):
@@ -288,7 +287,7 @@ def test_a_bfloat16_base_keeps_its_dtype(thin_method: Method) -> None:
 def test_ranks_by_matrix_and_energy(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # PEFT's, about patterns that match nothing
-        model = adapted(METHODS[0], r="energy=0.5", rank_pattern={r"down_proj\.[01]": 3}, init_weights=False)
+        model = adapted(SVFIT, r="energy=0.5", rank_pattern={r"down_proj\.[01]": 3}, init_weights=False)
     ranks = {layer.key: layer.update_of("default").r for layer in layers(model)}
     assert {rank for key, rank in ranks.items() if key.endswith(("down_proj.0", "down_proj.1"))} == {3}
     assert len(set(ranks.values())) > 2
@@ -296,7 +295,7 @@ def test_ranks_by_matrix_and_energy(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(moe(), tmp_path)
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(ValueError, match=r"rank_pattern.*down_proj\\\\.9"):
-        adapted(METHODS[0], rank_pattern={r"down_proj\.9": 3})
+        adapted(SVFIT, rank_pattern={r"down_proj\.9": 3})
 
 
 def check_refused(error: type[Exception], message: str, base: nn.Module, config: object) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectral_peft import PiSSAConfig, SpectralError, SVFitConfig, hotswap_adapter
-from tests.methods import METHODS, Method, with_starts
+from tests.methods import METHODS, PISSA, SVFIT, Method, with_starts
 from tests.models import gpt2, llama, logits, train_
 
 
@@ -144,10 +144,10 @@ def test_a_damaged_adapter_is_refused(method: Method, tmp_path: Path) -> None:
 
 def test_configs_that_the_tensors_do_not_show_are_compared(tmp_path: Path) -> None:
     folder, _ = saved(PiSSAConfig(r=8, alpha=16, target_modules="all-linear"), tmp_path / "pissa")
-    check_refused(live(METHODS[1]), folder, "alpha is None and 16")
+    check_refused(live(PISSA), folder, "alpha is None and 16")
     folder, _ = saved(SVFitConfig(r=8, target_modules="all-linear", save_start=False), tmp_path / "svfit")
-    check_refused(live(METHODS[0]), folder, "save_start is True and False")
-    check_refused(live(METHODS[1]), folder, "peft_type is 'SPECTRAL_PISSA' and 'SPECTRAL_SVFIT'")
+    check_refused(live(SVFIT), folder, "save_start is True and False")
+    check_refused(live(PISSA), folder, "peft_type is 'SPECTRAL_PISSA' and 'SPECTRAL_SVFIT'")
 
 
 def test_what_cannot_be_swapped_is_refused(method: Method, tmp_path: Path) -> None:

@@ -97,8 +97,7 @@ def test_the_change_of_16_bit_factors_is_right_relative_to_itself(method: Method
 @pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-2])
 def test_small_steps_of_singular_values_add_up_in_bfloat16(method: Method, step: float) -> None:
     """As far as 32 roundings let them; the values themselves would not move at all: theirs are steps of 0.4 %."""
-    alone = {"steps_per_iteration": 100, "warmup_steps": 0} if method.name.startswith("sst") else {}
-    model = get_peft_model(llama(torch.bfloat16), method(**alone), autocast_adapter_dtype=False)
+    model = get_peft_model(llama(torch.bfloat16), method(**dict(method.at_rest)), autocast_adapter_dtype=False)
     values = [update.dS.weight for update in updates(model)]
     starts = [update.S.weight.detach().clone() for update in updates(model)]
     optimizer = torch.optim.SGD(values, lr=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,10 +21,9 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import AutoModelForCausalLM
 
-import spectral_peft
 from spectral_peft import SpectralConfig, register
 from spectral_peft.config import SpectralPeftType
 from tests.methods import Method
@@ -117,11 +117,14 @@ def test_peft_converts_an_adapter_to_lora(method: Method) -> None:
     torch.testing.assert_close(logits(lora), logits(model), rtol=10 * FUNCTION, atol=10 * FUNCTION)
 
 
-def test_importing_twice_registers_once() -> None:
-    for config_cls in (spectral_peft.SVFitConfig, spectral_peft.PiSSAConfig):
-        model_cls = PEFT_TYPE_TO_CONFIG_MAPPING[config_cls(r=1).peft_type]
-        assert register(config_cls) is config_cls
-        assert PEFT_TYPE_TO_CONFIG_MAPPING[config_cls(r=1).peft_type] is model_cls
+def test_importing_twice_registers_once(method: Method) -> None:
+    """A model that was made before is of the class that is known after it."""
+    config = method()
+    model, model_cls = get_peft_model(llama(), config), PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    assert register(method.config) is method.config
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[config.peft_type] is method.config
+    assert PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type] is model_cls
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 def test_a_second_method_of_the_same_name_is_refused() -> None:

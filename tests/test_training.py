@@ -9,14 +9,11 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from spectral_peft import SST, SCTConfig, SSTConfig
+from spectral_peft import SST, SCTConfig, SSTConfig, spectral_step
 from spectral_peft.training import reset_state
-from tests.methods import METHODS, Method
+from tests.methods import SCHEDULED, Method, counted
 from tests.methods import SST as SWAPPING
 from tests.models import batch, layers, llama, train_, trainable, updates
-
-
-SCHEDULED = [SWAPPING, METHODS[-1]]
 
 
 def model(**fields: object) -> nn.Module:
@@ -123,11 +120,12 @@ def test_after_one_of_two_optimizers_has_skipped_its_step_they_go_on_together(sk
     assert counts[3:] == [{4}, {5}, {6}]
 
 
-@pytest.mark.parametrize("method", SCHEDULED, ids=str)
-@pytest.mark.parametrize("name", ["U", "dS", "Vh"])
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method in SCHEDULED for name in sorted(method.trained)], ids=str
+)
 def test_a_frozen_part_stops_nothing(method: Method, name: str) -> None:
-    module = get_peft_model(llama(), method(r=4, **({"retract_every": 3} if method.name == "sct" else {})))
-    frozen, others = split(module, f".{name}.")
+    module = get_peft_model(llama(), counted(method))
+    frozen, others = split(module, f".{name}")
     for value in frozen:
         value.requires_grad_(False)
     train_(module, lr=1e-2, steps=2, optimizer=torch.optim.AdamW(others, lr=1e-2))
@@ -216,16 +214,32 @@ def test_updates_of_one_step_are_handed_to_their_class_together(monkeypatch: pyt
     assert together == [list(updates(module))] * 2
 
 
-def test_an_optimizer_that_gets_other_parameters_drives_their_updates() -> None:
-    module = model()
+@pytest.mark.parametrize("before", [True, False], ids=["of-an-adapter-there", "of-a-new-adapter"])
+def test_an_optimizer_that_gets_other_parameters_drives_their_updates(before: bool) -> None:
+    module, second = model(), SSTConfig(r=4, target_modules="all-linear")
+    if before:
+        module.add_adapter("second", second)
     optimizer = torch.optim.AdamW(trainable(module), lr=1e-3)
     train_(module, lr=1e-3, steps=2, optimizer=optimizer)
-    module.add_adapter("second", SSTConfig(r=4, target_modules="all-linear"))
+    if not before:
+        module.add_adapter("second", second)
     module.set_adapter("second")
     optimizer.param_groups[0]["params"] = trainable(module)  # as many as before
     train_(module, lr=1e-3, steps=3, optimizer=optimizer)
     steps = [{int(layer.update_of(name).step) for layer in layers(module)} for name in ("default", "second")]
     assert steps == [{2}, {3}]
+
+
+@pytest.mark.parametrize("method", SCHEDULED, ids=str)
+def test_a_new_optimizer_for_each_step_within_a_spectral_step_counts_once(method: Method) -> None:
+    module, counts = get_peft_model(llama(), counted(method)), []
+    for number in range(3):
+        backward(module, number)
+        with spectral_step(module):
+            torch.optim.SGD(trainable(module), lr=1e-3).step()
+        module.zero_grad()
+        counts.append(steps(module))
+    assert counts == [{1}, {2}, {3}]
 
 
 def test_copies_are_driven_too() -> None:

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from spectral_peft import spectral_step
-from tests.methods import METHODS, SST, Method
-from tests.models import batch, layers, llama, train_, trainable
+from tests.methods import METHODS, SCHEDULED, SST, Method
+from tests.models import batch, layers, llama, train_, trainable, updates
 
 
 ENOUGH = 20
@@ -56,10 +56,12 @@ def train_by_hand_(model: nn.Module, step: Callable[[nn.Module, int], None] = gr
         step(model, number)
 
 
-@pytest.mark.parametrize("method", [SST, METHODS[-1]], ids=str)
+@pytest.mark.parametrize("method", SCHEDULED, ids=str)
 def test_parameters_that_move_without_a_step_are_told_of_once(method: Method) -> None:
-    with pytest.warns(UserWarning, match=r"schedule of S[SC]T never ran.*with spectral_step\(model\)") as told:
-        train_by_hand_(nn.ModuleList(get_peft_model(llama(), method(r=4)) for _ in range(2)))
+    models = nn.ModuleList(get_peft_model(llama(), method(r=4)) for _ in range(2))
+    name = type(next(updates(models))).__name__
+    with pytest.warns(UserWarning, match=rf"schedule of {name} never ran.*with spectral_step\(model\)") as told:
+        train_by_hand_(models)
     assert sum(issubclass(warning.category, UserWarning) for warning in told) == 1
 
 
@@ -69,12 +71,13 @@ def test_copies_are_watched_too(duplicate: Callable[[nn.Module], nn.Module]) -> 
         train_by_hand_(duplicate(get_peft_model(llama(), SST(r=4))))
 
 
-@pytest.mark.parametrize("method", [SST, METHODS[-1]], ids=str)
-@pytest.mark.parametrize("name", ["U", "dS", "Vh"])
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method in SCHEDULED for name in sorted(method.trained)], ids=str
+)
 def test_every_part_is_watched(method: Method, name: str) -> None:
     model = get_peft_model(llama(), method(r=4))
     for parameter_name, value in model.named_parameters():
-        if value.requires_grad and f".{name}." not in parameter_name:
+        if value.requires_grad and f".{name}" not in parameter_name:
             value.requires_grad_(False)
     with pytest.warns(UserWarning, match="never ran"):
         train_by_hand_(model)
@@ -147,9 +150,9 @@ def test_a_schedule_that_is_driven_by_hand_is_driven() -> None:
 
 
 @pytest.mark.usefixtures("silence")
-def test_a_method_without_a_schedule_has_none_to_drive() -> None:
-    for method in METHODS[:2]:
-        train_by_hand_(get_peft_model(llama(), method(r=4)))
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in SCHEDULED], ids=str)
+def test_a_method_without_a_schedule_has_none_to_drive(method: Method) -> None:
+    train_by_hand_(get_peft_model(llama(), method(r=4)))
 
 
 def test_watching_ends_with_the_first_step_that_is_seen() -> None:
