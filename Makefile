@@ -82,7 +82,7 @@ bench-quick: .venv/installed
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --quick --table &&) true
 
 bench: .venv/installed
-	@echo '96, 94 and 61 runs of the three tasks, of 1 to 20 minutes on one core: 6 hours on two. It may be interrupted.'
+	@echo 'Some 270 runs of three tasks, of 1 to 20 minutes on one core: 7 hours on two. It may be interrupted.'
 	$(MAKE) --jobs 2 $(BENCH_TASKS:%=full-%)
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --table &&) true
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -200,6 +201,13 @@ def test_each_budget_has_a_table_of_its_own(arguments):
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     for task in SHOWN:
         assert (TABLES / f"{task}.md").read_text() == table(find(task), RESULTS) + "\n", "python -m benchmarks.table"
+
+
+@pytest.mark.parametrize("task", SHOWN)
+def test_the_guide_counts_the_runs(task):
+    guide = (TABLES.parents[1] / "guides" / "benchmarks.md").read_text()
+    runs = sum(len(e.training["learning_rate"]) + len(e.training["seeds"]) - 1 for e in find(task))
+    assert re.search(rf"\b{runs} (runs )?of `{task}`", guide)
 
 
 def test_nothing_is_written_half_or_as_nan(tmp_path):

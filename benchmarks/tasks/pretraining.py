@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,13 @@ def split(text: Path | None, vocabulary: int, length: int, cache: Path) -> tuple
 
 
 def tokens(text: Path | None, vocabulary: int, cache: Path) -> np.ndarray:
-    """The text as numbers, by a byte-level BPE of its own."""
+    """The text as numbers, by a byte-level BPE of its own.
+
+    Raises:
+        ExperimentError: the numbers of so large a vocabulary do not fit.
+    """
+    if vocabulary > 2**16:
+        raise ExperimentError(f"`vocabulary` should be at most {2**16:,}, got {vocabulary:,}.")
     digest = hashlib.sha256(f"{described(text)} {vocabulary}".encode()).hexdigest()[:12]
     file = cache / f"tokens-{digest}.npy"
     if not file.exists():
@@ -121,7 +128,9 @@ def tokens(text: Path | None, vocabulary: int, cache: Path) -> np.ndarray:
         bpe.train_from_iterator(lines[:: max(1, len(lines) // 100_000)], vocab_size=vocabulary, show_progress=False)
         blocks = ["".join(lines[i : i + 1000]) for i in range(0, len(lines), 1000)]
         cache.mkdir(parents=True, exist_ok=True)
-        np.save(file, np.concatenate([np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch(blocks)]))
+        unfinished = file.with_suffix(f".{os.getpid()}.npy")  # another sweep may be at it
+        np.save(unfinished, np.concatenate([np.array(e.ids, dtype=np.uint16) for e in bpe.encode_batch(blocks)]))
+        unfinished.replace(file)
     return np.load(file)
 
 
