@@ -125,8 +125,8 @@ def spread(places: Sequence[float], apart: float) -> list[float]:
 
 
 def round_numbers(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of a logarithmic axis, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Ticks at 1, 1.5, 2, 3, 5 and 7 of a logarithmic axis, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 

@@ -77,7 +77,7 @@ def draw_curves(axes: Axes, arms: Mapping[str, list[Run]], key: str, style: Styl
         colour = colour_of(name, style)
         axes.plot(steps, mean, color=colour, marker=MARKERS[i % len(MARKERS)])
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        ends.append(Label(steps[-1], mean[-1], f"{label_of(name)} {mean[-1]:.3g}", colour))
+        ends.append(Label(steps[-1], mean[-1], f"{label_of(name)} {mean[-1]:#.3g}", colour))
     label_ends(axes, ends)
 
 
@@ -92,7 +92,7 @@ QUALITIES = {
 def fine_tuning(results: Path, task: str, style: Style) -> Figure:
     """Quality against trainable parameters, and the front of what nothing else beats in both."""
     key, title, factor, falling = QUALITIES[task]
-    figure, (axes,) = panels(1, height=4.6)
+    figure, (axes,) = panels(1, height=5.6)
     points = []
     for name, runs in best_runs(results, task).items():
         mean, deviation = spread_of([factor * run["quality"][key] for run in runs])
@@ -103,8 +103,9 @@ def fine_tuning(results: Path, task: str, style: Style) -> Figure:
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=title)
     best = front([(label.x, label.y) for label in points], falling)
     axes.plot(
-        *zip(*best, strict=True), color=style.ink, linewidth=0.8, linestyle=":", zorder=0, drawstyle="steps-post"
-    )
+        *zip(*best, strict=True),
+        color=style.ink, alpha=0.4, linewidth=0.7, linestyle=":", zorder=0, drawstyle="steps-post",
+    )  # fmt: skip
     axes.margins(0.12, 0.08)
     label_points(axes, points)
     return figure
@@ -208,7 +209,7 @@ def pruning(results: Path, style: Style) -> Figure:
         axes.plot(shares, mean, color=colour, marker=MARKERS[i % len(MARKERS)])
         low, high = ([take(by_share[share]) for share in shares] for take in (min, max))
         axes.fill_between(shares, low, high, color=colour, alpha=0.2, linewidth=0)
-        ends.append(Label(shares[-1], mean[-1], f"{label_of(name)} {mean[-1]:.3g}", colour))
+        ends.append(Label(shares[-1], mean[-1], f"{label_of(name)} {mean[-1]:#.3g}", colour))
     axes.set(xlabel="kept share of the sum of singular values, %", ylabel="held-out perplexity", yscale="log")
     axes.invert_xaxis()
     round_numbers(axes.yaxis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -34,8 +35,8 @@ def best_runs(results: Path, task: str) -> dict[str, list[Run]]:
 
 
 def spread_of(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; 0 for one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and standard deviation; NaN, which is not drawn, for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def read(results: Path, pattern: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from spectral_peft import SpectralConfig, SpectralUpdate, register
 
 class Core(SpectralUpdate):
     trained = ("R",)
+    is_linear = True  # U R Vh is linear in R: adapters of one start can be added up by it
 
     def __init__(self, size):
         super().__init__(size)

@@ -93,8 +93,8 @@ COSTS = {
         after_step=2 * 3 + 2 + 1,  # normalizes U and Vh, clamps S, counts the step
     ),
     "sst-pool": Cost(
-        products=lambda m, n, k: 4 * T * m * n + (6 + 4) * T * POOL * (m + n),  # now and at the start
-        saved=lambda m, n, k: 2 * T * POOL + POOL * (m + n + 1),
+        products=lambda m, n, k: 4 * T * m * n + (2 * 4 * POOL + 2 * R) * T * (m + n),  # now and at the start
+        saved=lambda m, n, k: 2 * T * POOL + POOL,
         trained=lambda m, n, k: R * (m + n) + POOL,
         tensors=3,
         stored=lambda m, n, k: POOL * (2 * (m + n) + 3),

@@ -200,6 +200,17 @@ class OfTangents(Descent):
         super().step()
 
 
+@pytest.mark.parametrize(("steps_per_iteration", "warns"), [(STEPS, False), (STEPS + 1, True)])
+def test_a_schedule_longer_than_the_training_is_named(
+    steps_per_iteration: int, warns: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run = trainer(get_peft_model(llama(), SST(steps_per_iteration=steps_per_iteration, warmup_steps=0)), tmp_path)
+    run.add_callback(SpectralCallback(run))
+    run.train()
+    found = [str(warning.message) for warning in recwarn if "The schedule of SST has no turn" in str(warning.message)]
+    assert len(found) == warns
+
+
 def test_the_callback_projects_the_gradients_of_the_step(tmp_path: Path) -> None:
     model = get_peft_model(llama(), SCTConfig(r=4, target_modules="all-linear", gradient="riemannian"))
     rates = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2))

@@ -78,8 +78,9 @@ class PiSSA(SpectralUpdate):
 class PiSSAConfig(SpectralConfig):
     """Configuration of PiSSA (Meng, Wang & Zhang, 2024, arXiv 2404.02948), with the base weight left as it is.
 
-    Trains as PEFT's ``LoraConfig(init_lora_weights="pissa")`` does, but `disable_adapter`, `unload` and several
-    adapters side by side work exactly, because the base weight is never changed.
+    Trains as PEFT's ``LoraConfig(init_lora_weights="pissa")`` does without dropout, but `disable_adapter`, `unload` and several
+    adapters side by side work exactly, because the base weight is never changed. On a weight of zeros both factors are
+    zero, and so are their gradients: it does not train.
 
     Args:
         alpha: The update is scaled by alpha / r, as LoRA's is; `None` means r, a scaling of 1, as in the paper.

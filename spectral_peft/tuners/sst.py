@@ -33,7 +33,7 @@ class SST(SpectralUpdate):
     (m, r) and Vh (r, n); after a step each is normalized. The others are frozen in U_rest and Vh_rest. After
     `steps_per_iteration` optimizer steps other pairs are drawn and swapped in, the optimizer state of U, dS and Vh is
     reset, and the learning rate warms up again; after `iterations_per_round` of these, W is decomposed anew, which
-    makes the vectors orthonormal again and leaves W as it is.
+    makes the vectors orthonormal again and leaves W as it is, up to the rounding of the vectors' dtype.
 
     Chosen where the paper's text is open: one draw for both sides of a matrix; normalizing changes W by the dropped
     norms, as in the paper; the SVD of W takes place before the draw that follows it.
@@ -143,7 +143,8 @@ class SST(SpectralUpdate):
     def _refuse_other_rest(self) -> None:
         """Raises SpectralError if the frozen vectors are not those that the trained ones were saved with.
 
-        Checkpoints of what requires a gradient leave the frozen ones out, and nobody but their sketch misses them.
+        Checkpoints of what requires a gradient leave the frozen ones out, and nobody but their sketch misses them. A
+        swap of few small vectors can be below its tolerance.
         """
         of_rest = self.fingerprint[1].cpu().view(torch.float32)
         if of_rest.any() and not same_matrix(of_rest, sketch(self.start_vector()).cpu(), SAME_REST):
