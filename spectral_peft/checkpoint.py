@@ -149,16 +149,15 @@ def refuse_changed_start(key: str, update: SpectralUpdate) -> None:
     )
 
 
-Former = dict[SpectralLinear, tuple[str, SpectralUpdate, SpectralConfig, bool]]
+Former = dict[SpectralLinear, tuple[SpectralUpdate, SpectralConfig, bool]]
 
 
 def adapter_in_place(model: nn.Module, adapter_name: str) -> Former:
     """What the layers hold under this name, for `undo_injection`."""
-    found: Former = {}
-    for prefix, layer, update in adapter_updates(model, adapter_name):
-        container = prefix.split(".")[-3]
-        found[layer] = (container, update, layer.configs[adapter_name], layer.settled[adapter_name])
-    return found
+    return {
+        layer: (update, layer.configs[adapter_name], layer.settled[adapter_name])
+        for _, layer, update in adapter_updates(model, adapter_name)
+    }
 
 
 def undo_injection(model: nn.Module, adapter_name: str, former: Former) -> None:
@@ -169,8 +168,8 @@ def undo_injection(model: nn.Module, adapter_name: str, former: Former) -> None:
     for layer in model.modules():
         if isinstance(layer, SpectralLinear):
             layer.discard_adapter(adapter_name)
-    for layer, (container, update, config, settled) in former.items():
-        getattr(layer, container)[adapter_name] = update
+    for layer, (update, config, settled) in former.items():
+        getattr(layer, config.container)[adapter_name] = update
         layer.configs[adapter_name], layer.settled[adapter_name] = config, settled
     _unwrap_idle(model)
     for module in model.modules():

@@ -172,10 +172,8 @@ class SpectralConfig(PeftConfig, ABC):
         check_patterns(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` should be in [0, 1), got {self.dropout}.")
-        if self.bias not in ("none", "all", "spectral_only"):
-            raise ValueError(f"`bias` should be 'none', 'all' or 'spectral_only', got {self.bias!r}.")
-        if self.svd not in ALGORITHMS:
-            raise ValueError(f"`svd` should be one of {', '.join(ALGORITHMS)}, got {self.svd!r}.")
+        self._check_choice("bias", ("none", "all", "spectral_only"))
+        self._check_choice("svd", tuple(ALGORITHMS))
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
@@ -192,6 +190,11 @@ class SpectralConfig(PeftConfig, ABC):
         value = getattr(self, name)
         if value not in allowed:
             raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+    def _check_positive(self, name: str, none_means: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` should be positive, or None for {none_means}, got {value}.")
 
     def _check_least(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -40,8 +40,8 @@ def build_factored(
     """A model with the architecture of `model_config` whose targeted weights exist as factors only.
 
     The model is built on the meta device, gets its adapter there, and what the adapter does not replace is then
-    allocated and initialized as transformers does. The factors start at random, with one scale for all, that of the dense
-    initialization. Everything trains and is saved with the adapter: `modules_to_save` is set to what is not targeted,
+    allocated and initialized as transformers does. The factors start at random, with one scale for all, that of the
+    dense initialization. Everything trains and is saved with the adapter: `modules_to_save` is set to what is not targeted,
     unless `config` names others.
 
     Args:

@@ -40,7 +40,7 @@ def export_merged(
     adapter_name: str = "default",
     *,
     dtype: torch.dtype | None = None,
-    shard_bytes: int = 5 * 2**30,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Saves the dense model with an adapter merged, as `AutoModel...from_pretrained` loads it without this package.
 

@@ -34,8 +34,8 @@ def test_possible_ranks_are_kept(free_rank_method: Method, r: object) -> None:
     [
         ({"dropout": 1.0}, r"`dropout` should be in \[0, 1\), got 1\.0"),
         ({"dropout": -0.1}, "`dropout`"),
-        ({"bias": "lora_only"}, "`bias` should be 'none', 'all' or 'spectral_only', got 'lora_only'"),
-        ({"svd": "fast"}, "`svd` should be one of auto, exact, randomized, got 'fast'"),
+        ({"bias": "lora_only"}, "`bias` should be one of 'none', 'all', 'spectral_only', got 'lora_only'"),
+        ({"svd": "fast"}, "`svd` should be one of 'auto', 'exact', 'randomized', got 'fast'"),
         ({"layers_to_transform": [0]}, "`layers_to_transform` cannot be used when `target_modules` is a str"),
         ({"layers_pattern": "layers"}, "`layers_pattern` cannot be used when `target_modules` is a str"),
         ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),

@@ -78,9 +78,9 @@ class PiSSA(SpectralUpdate):
 class PiSSAConfig(SpectralConfig):
     """Configuration of PiSSA (Meng, Wang & Zhang, 2024, arXiv 2404.02948), with the base weight left as it is.
 
-    Trains as PEFT's ``LoraConfig(init_lora_weights="pissa")`` does without dropout, but `disable_adapter`, `unload` and several
-    adapters side by side work exactly, because the base weight is never changed. On a weight of zeros both factors are
-    zero, and so are their gradients: it does not train.
+    Trains as PEFT's ``LoraConfig(init_lora_weights="pissa")`` does without dropout, but `disable_adapter`, `unload`
+    and several adapters side by side work exactly, because the base weight is never changed. On a weight of zeros both
+    factors are zero, and so are their gradients: it does not train.
 
     Args:
         alpha: The update is scaled by alpha / r, as LoRA's is; `None` means r, a scaling of 1, as in the paper.
@@ -98,10 +98,9 @@ class PiSSAConfig(SpectralConfig):
         default=None, metadata={"help": "The update is scaled by alpha / r. None means r: a scaling of 1."}
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"`alpha` should be positive, or None for a scaling of 1, got {self.alpha}.")
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        self._check_positive("alpha", "a scaling of 1")
 
     def build(self, size: Size) -> PiSSA:
         return PiSSA(size, scaling=1.0 if self.alpha is None else self.alpha / size.r)

@@ -287,14 +287,12 @@ class SCTConfig(CalibratedConfig):
         self._check_choice("gradient", ("euclidean", "riemannian"))
         self._check_choice("init", ("svd", "random"))
         self._check_least("retract_every", 1)
-        if self.init_std is not None and not self.init_std > 0:
-            raise ValueError(f"`init_std` should be positive, or None for that of the weight, got {self.init_std}.")
+        self._check_positive("init_std", "that of the weight")
+        self._check_positive("retract_tolerance", "a retraction every time")
         if self.init == "svd" and self.init_std is not None:
             raise ValueError(f'`init_std` is for `init="random"`, and has no effect otherwise; got {self.init_std}.')
         if self.init == "random" and self.calibration is not None:
             raise ValueError('`calibration` is for `init="svd"`: a random start looks at no weight and no inputs.')
-        if self.retract_tolerance is not None and not self.retract_tolerance > 0:
-            raise ValueError(f"`retract_tolerance` should be positive, or None, got {self.retract_tolerance}.")
         if not self.save_start:
             raise ValueError("`save_start` should be True: the factors of SCT change, they cannot be recomputed.")
 

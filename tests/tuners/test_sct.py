@@ -416,7 +416,7 @@ def test_a_random_start_of_a_broken_weight_is_refused() -> None:
         ({"gradient": "natural"}, "`gradient` should be one of 'euclidean', 'riemannian'"),
         ({"init": "zero"}, "`init` should be one of 'svd', 'random'"),
         ({"retract_every": 0}, "`retract_every` should be at least 1, got 0"),
-        ({"retract_tolerance": 0.0}, r"`retract_tolerance` should be positive, or None, got 0\.0"),
+        ({"retract_tolerance": 0.0}, r"`retract_tolerance` should be positive, or None for .*, got 0\.0"),
         ({"retract_tolerance": float("nan")}, "`retract_tolerance` should be positive"),
         ({"save_start": False}, "`save_start` should be True"),
         ({"init_std": 0.1}, '`init_std` is for `init="random"`'),
