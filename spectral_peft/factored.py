@@ -41,8 +41,8 @@ def build_factored(
 
     The model is built on the meta device, gets its adapter there, and what the adapter does not replace is then
     allocated and initialized as transformers does. The factors start at random, with one scale for all, that of the
-    dense initialization. Everything trains and is saved with the adapter: `modules_to_save` is set to what is not targeted,
-    unless `config` names others.
+    dense initialization. Everything trains and is saved with the adapter: `modules_to_save` is set to what is not
+    targeted, unless `config` names others.
 
     Args:
         model_config: For example `AutoConfig.from_pretrained(...)`, or a `LlamaConfig`.
