@@ -38,7 +38,8 @@ class _Step:
 
     It begins with the first of them, and ends when every trained parameter has been stepped. What no optimizer holds
     is waited for once: until the one that began steps again, or another one does for the second time. After that only
-    what some optimizer is known to hold.
+    what some optimizer is known to hold. Which one begins is seen in the very first step: one that is
+    skipped there, and not the others, is taken for one that comes later.
 
     Attributes:
         first: The parameters, by their identity, of the optimizer with which steps begin.
