@@ -10,6 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from spectral_peft.linalg.drivers import Factors
+
 
 def mixture(S: Tensor) -> Tensor:  # shape: (k,) -> (k,)
     """p_i = (1/k + S_i / sum S) / 2 (Zhao et al., 2025): half uniform, half by singular value."""
@@ -48,6 +50,13 @@ def draw(p: Tensor, r: int, seed: int) -> Tensor:  # shape: (k,) -> (r,) int64, 
 def seed_of(text: str) -> int:
     """A seed for a generator, the same one on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def scrambled(factors: Factors, seed: str) -> Factors:
+    """The same singular values, with random orthonormal vectors that follow from `seed`."""
+    generator = torch.Generator().manual_seed(seed_of(seed))
+    U, Vh = (torch.randn(value.shape, generator=generator).to(value) for value in (factors.U, factors.Vh))
+    return Factors(torch.linalg.qr(U).Q, factors.S, torch.linalg.qr(Vh.mT).Q.mT)
 
 
 def top(S: Tensor, r: int) -> Tensor:  # shape: (k,) -> (r,)

@@ -15,7 +15,7 @@ from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
 from spectral_peft.errors import SpectralError
 from spectral_peft.linalg import Factors, completed, same_matrix, sketch, svd_of_product
-from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, seed_of, top
+from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, scrambled, seed_of, top
 from spectral_peft.model import register
 from spectral_peft.schedule import Count, Schedule
 from spectral_peft.update import Size, SpectralUpdate, compute_dtype, in_float32
@@ -370,7 +370,7 @@ class SSTConfig(SpectralConfig):
 
     def decompose(self, weight: Tensor, r: int, key: str = "") -> Factors:
         factors = super().decompose(weight, self._triplets(*weight.shape), key)
-        return _scrambled(factors, f"{self.seed} {key} start") if self.init == "random" else factors
+        return scrambled(factors, f"{self.seed} {key} start") if self.init == "random" else factors
 
     def for_changes(self, triplets: int) -> SSTConfig:
         """With the triplets of the change as its pool."""
@@ -400,10 +400,3 @@ class SSTConfig(SpectralConfig):
 def _normalize_(X: Tensor, dim: int) -> None:
     """`F.normalize` in place, bit by bit, without its copy of X."""
     X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
-
-
-def _scrambled(factors: Factors, seed: str) -> Factors:
-    """The same singular values with random orthonormal vectors."""
-    generator = torch.Generator().manual_seed(seed_of(seed))
-    U, Vh = (torch.randn(value.shape, generator=generator).to(value) for value in (factors.U, factors.Vh))
-    return Factors(torch.linalg.qr(U).Q, factors.S, torch.linalg.qr(Vh.mT).Q.mT)
