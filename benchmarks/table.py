@@ -145,7 +145,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _table(rows: list[Row], metrics: list[str]) -> list[str]:
-    reference = next((row for row in rows if REFERENCE in row.name.split("-")), None)
+    references = [row for row in rows if REFERENCE in row.name.split("-")]
+    reference = min(references, key=lambda row: len(row.name), default=None)  # "lora" rather than "lora-r1"
     head = [
         "method", "learning rate", "seeds", *(metric.replace("_", " ") for metric in metrics), "forgetting",
         "peak memory, MiB", f"train time / {REFERENCE}", "init, s", "checkpoint, MiB", "trained",

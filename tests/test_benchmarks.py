@@ -149,6 +149,22 @@ def test_the_table_tells_where_this_project_loses(arguments):
     assert lines[-1] == "Runs that are still to be made: absent (5)."
 
 
+def test_times_are_those_of_the_plain_lora(arguments):
+    """A LoRA of another rank, however good, is not what the others are divided by."""
+
+    def run(experiment, rate, seed):
+        plain = experiment.name == "lora"
+        return outcome(abs(rate - 0.2), loss=2.0 if plain else 1.0) | {
+            "cost": {"train_cpu_seconds": 10.0 if plain else 20.0}
+        }
+
+    both = [experiment("lora", "LORA"), experiment("lora-r1", "LORA")]
+    harness.Sweep(both, run, arguments, arguments.results)()
+
+    found = [line.rpartition("|")[0].split(" | ") for line in table(both, arguments.results).splitlines()[2:4]]
+    assert [(cells[0], cells[-1].strip()) for cells in found] == [("| lora-r1", "2.0"), ("| lora", "1.0")]
+
+
 def losses(arguments, own, theirs):
     """The last row of the table, for losses of the seeds by experiment; None is a run that diverged."""
 
