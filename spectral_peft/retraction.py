@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectral_peft.errors import SpectralError
+from spectral_peft.errors import diverged
 from spectral_peft.linalg import cholesky_qr_retraction, polar_retraction, qr_retraction
 from spectral_peft.linalg.precision import exact_products, factorizing
 from spectral_peft.linalg.stiefel import NEARLY_ORTHONORMAL, cholesky_transform, polar_transform
@@ -81,13 +81,6 @@ def measured(points: Sequence[Point]) -> list[_Stack]:
         X = point.X
         groups[X.shape[1], torch.promote_types(X.dtype, torch.float32), X.device].append(point)
     return [_measured_stack(chunk) for (r, _, _), group in groups.items() for chunk in _chunks(group, r)]
-
-
-def diverged(name: str) -> SpectralError:
-    """The error for a trained tensor that is not finite any more."""
-    return SpectralError(
-        f"{name} holds NaN or Inf: the training has diverged. Lower the learning rate, or clip gradients."
-    )
 
 
 def _chunks(points: list[Point], r: int) -> Iterator[list[Point]]:

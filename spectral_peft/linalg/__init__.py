@@ -9,6 +9,7 @@ from spectral_peft.linalg.precision import one_thread_if_small
 from spectral_peft.linalg.spectrum import effective_rank, energy_rank, noise_rank
 from spectral_peft.linalg.stiefel import (
     cholesky_qr_retraction,
+    normalize_,
     orthonormality_error,
     polar_retraction,
     qr_retraction,
@@ -38,6 +39,7 @@ __all__ = [
     "effective_rank",
     "energy_rank",
     "noise_rank",
+    "normalize_",
     "one_thread_if_small",
     "orthonormality_error",
     "polar_retraction",

@@ -79,6 +79,11 @@ def polar_retraction(
         return Q.to(X.dtype).contiguous()
 
 
+def normalize_(X: Tensor, dim: int) -> None:
+    """Gives the vectors along `dim` length 1: `F.normalize` in place, bit by bit, without its copy of X."""
+    X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
+
+
 def orthonormality_error(
     X: Tensor,  # shape: (..., m, r)
 ) -> Tensor:  # shape: (...)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from spectral_peft.config import CalibratedConfig
-from spectral_peft.errors import SpectralError
+from spectral_peft.errors import SpectralError, diverged
 from spectral_peft.linalg import Factors, svd_of_product, tangent_projection
 from spectral_peft.linalg.precision import working_copy
 from spectral_peft.linalg.sampling import seed_of
 from spectral_peft.model import register
-from spectral_peft.retraction import RETRACTIONS, Point, diverged, measured, retract_
+from spectral_peft.retraction import RETRACTIONS, Point, measured, retract_
 from spectral_peft.schedule import Count
 from spectral_peft.update import Size, SpectralUpdate, in_float32
 

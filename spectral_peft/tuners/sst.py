@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from spectral_peft.config import SpectralConfig
 from spectral_peft.enhanced_gradient import segmented_product
-from spectral_peft.errors import SpectralError
-from spectral_peft.linalg import Factors, completed, same_matrix, sketch, svd_of_product
+from spectral_peft.errors import SpectralError, diverged
+from spectral_peft.linalg import Factors, completed, normalize_, same_matrix, sketch, svd_of_product
 from spectral_peft.linalg.sampling import PROBABILITIES, draw, in_turn, scrambled, seed_of, top
 from spectral_peft.model import register
 from spectral_peft.schedule import Count, Schedule
@@ -181,8 +181,8 @@ class SST(SpectralUpdate):
             value.copy_(torch.lerp(before, value, part))
         self._before = []
         self.dS.weight.clamp_(min=-self.S.weight)
-        _normalize_(self.U.weight, dim=0)
-        _normalize_(self.Vh.weight, dim=1)
+        normalize_(self.U.weight, dim=0)
+        normalize_(self.Vh.weight, dim=1)
         step = self._count.add_one_(self.step)
         if not self.schedule.is_swap(step):
             return ()
@@ -196,10 +196,7 @@ class SST(SpectralUpdate):
     def _refuse_non_finite(self) -> None:
         for name, value in self.trained_parameters():
             if not torch.isfinite(value).all():
-                raise SpectralError(
-                    f"{name} of {self.key} holds NaN or Inf after {int(self.step)} steps: the "
-                    "training has diverged. Lower the learning rate, or clip gradients."
-                )
+                raise diverged(f"{name} of {self.key}", f" after {int(self.step)} steps")
 
     def _decomposed(self) -> Factors:
         U, S, Vh = self.factors()
@@ -395,8 +392,3 @@ class SSTConfig(SpectralConfig):
         )
         update.frees_base = update.replaces and not self.keep_base_weight
         return update
-
-
-def _normalize_(X: Tensor, dim: int) -> None:
-    """`F.normalize` in place, bit by bit, without its copy of X."""
-    X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
