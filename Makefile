@@ -82,7 +82,7 @@ bench-quick: .venv/installed
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --quick --table &&) true
 
 bench: .venv/installed
-	@echo 'Some 310 runs of three tasks, of 1 to 20 minutes on one core: 8 hours on two. It may be interrupted.'
+	@echo 'Some 330 runs of three tasks, of 1 to 20 minutes on one core: 8 hours on two. It may be interrupted.'
 	$(MAKE) --jobs 2 $(BENCH_TASKS:%=full-%)
 	$(foreach task,$(BENCH_TASKS),$(BENCH) --task $(task) --table &&) true
 

@@ -145,7 +145,7 @@ def calibrate(
                 total.mask = mask
             result = _run(model, batch, gradients)
             if gradients:
-                _add_gradients(result, _labels(batch), outputs, slopes)
+                _add_gradients(result, _labels(batch, model), outputs, slopes)
                 outputs.clear()
             number += 1
     if number == 0:
@@ -285,16 +285,18 @@ def _run(model: nn.Module, batch: Batch, with_loss: bool) -> Any:
     return model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 
 
-def _labels(batch: Batch) -> int:
+def _labels(batch: Batch, model: Any) -> int:
     """The number of labels whose mean the loss of a batch is; 1 if it names none.
 
-    The first label of a text is not counted: a causal language model does not predict it.
+    The first label of a text is not counted where a causal language model does not predict it.
     """
     labels = batch if isinstance(batch, Tensor) else batch.get("labels")
     if not isinstance(labels, Tensor):
         return 1
-    predicted = labels[:, 1:] if labels.ndim == 2 else labels
-    return max(1, int((predicted != -100).sum()))
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    if generates and not model.config.is_encoder_decoder:
+        labels = labels[:, 1:]
+    return max(1, int((labels != -100).sum()))
 
 
 def _add_gradients(

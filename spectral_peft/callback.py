@@ -68,7 +68,8 @@ class SpectralCallback(TrainerCallback):
         take_resets(optimizer)
         self._spectra_due = state.global_step + (self.spectra_every or 0)
         self._scheduled = [update for update in trained_updates(model) if update.scheduled]
-        _warn_of_long_periods(self._scheduled, state.max_steps)
+        if state.global_step == 0:  # of a training that goes on it was said before
+            _warn_of_late_turns(self._scheduled, state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What a schedule does before the step, where torch's hooks will not."""
@@ -102,13 +103,13 @@ class SpectralCallback(TrainerCallback):
         self._scheduled, self._steps = [], {}
 
 
-def _warn_of_long_periods(updates: list[SpectralUpdate], max_steps: int) -> None:
+def _warn_of_late_turns(updates: list[SpectralUpdate], max_steps: int) -> None:
     for update_cls in dict.fromkeys(map(type, updates)):
-        period = min(update.period for update in updates if type(update) is update_cls)
-        if period > max_steps:
+        steps = min(update.steps_to_turn() for update in updates if type(update) is update_cls)
+        if steps > max_steps:
             warnings.warn(
-                f"The schedule of {update_cls.__name__} has no turn in a training of {max_steps} steps: it comes "
-                f"every {period}. Set `steps_per_iteration` of SST, or `retract_every` of SCT, to a part of them.",
+                f"The schedule of {update_cls.__name__} has no turn in a training of {max_steps} steps: the next one "
+                f"comes after {steps}. Let it come more often: `steps_per_iteration` of SST, `retract_every` of SCT.",
                 stacklevel=2,
             )
 

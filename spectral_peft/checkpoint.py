@@ -141,7 +141,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def refuse_changed_start(key: str, update: SpectralUpdate) -> None:
     """Raises SpectralError if the frozen start, which a checkpoint leaves out, is not that of the weight any more."""
-    if is_sharded(update) or not update.fingerprint.any() or update.has_noted_start():
+    if update.is_meta or is_sharded(update) or not update.fingerprint.any() or update.has_noted_start():
         return
     raise SpectralError(
         f"{key}: what should be frozen has changed since the adapter was added, and would not be in a checkpoint with "

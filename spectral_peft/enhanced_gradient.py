@@ -63,7 +63,7 @@ class SegmentedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dU = (g.mT @ (P if ctx.enhanced else P * scale[:r])).to(U.dtype)
             if ctx.needs_input_grad[2]:
-                dS = torch.cat([_dots(P, Q, 0, S.dtype), _dots(P_rest, Q_rest, 0, S.dtype)])
+                dS = torch.cat([_dots(P, Q, S.dtype), _dots(P_rest, Q_rest, S.dtype)])
             if ctx.needs_input_grad[3]:
                 dVh = ((Q if ctx.enhanced else QS).mT @ rows).to(Vh.dtype)
         return dx, dU, dS, dVh, None, None, None, None
@@ -112,16 +112,16 @@ class DenseProduct(torch.autograd.Function):
             if any(ctx.needs_input_grad[1:4]):
                 G = g.mT @ rows
                 GV, UtG = G @ Vh.to(dtype).mT, U.to(dtype).mT @ G
-                rest = _dots(U_rest.to(dtype).mT @ G, Vh_rest.to(dtype), 1, S.dtype)
-                dS = torch.cat([_dots(GV, U.to(dtype), 0, S.dtype), rest])
+                rest = ((U_rest.to(dtype).mT @ G) * Vh_rest.to(dtype)).sum(1, dtype=S.dtype)
+                dS = torch.cat([(GV * U.to(dtype)).sum(0, dtype=S.dtype), rest])
                 scale = S.new_ones(r).to(dtype) if ctx.enhanced else S[:r].to(dtype)
                 dU, dVh = (GV * scale).to(U.dtype), (UtG * scale[:, None]).to(Vh.dtype)
         return dx, dU, dS, dVh, None, None, None, None
 
 
-def _dots(A: Tensor, B: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The sums of A * B, in `dtype`: a product of two numbers in float16 may overflow."""
-    return ((A.to(dtype) if A.dtype == torch.float16 else A) * B).sum(dim, dtype=dtype)
+def _dots(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """The products of the columns of A and B, in `dtype`: that of two numbers in float16 may overflow."""
+    return ((A.to(dtype) if A.dtype == torch.float16 else A) * B).sum(0, dtype=dtype)
 
 
 def _matrix(U: Tensor, S: Tensor, Vh: Tensor, U_rest: Tensor, Vh_rest: Tensor, dtype: torch.dtype) -> Tensor:

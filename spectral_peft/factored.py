@@ -60,7 +60,7 @@ def build_factored(
         base = auto_class.from_config(model_config)
     config = copy.deepcopy(config)
     _refuse_tied(base)
-    if getattr(config, "init_std", 0.0) is None:
+    if getattr(config, "init", None) == "random" and getattr(config, "init_std", 0.0) is None:
         config.init_std = _initial_std(model_config)  # type: ignore[attr-defined]
     if config.modules_to_save is None:
         config.modules_to_save = _untouched(base, config)

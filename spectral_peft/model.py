@@ -64,7 +64,7 @@ class SpectralModel(BaseTuner):
         former = adapter_in_place(model, adapter_name)
         config: SpectralConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         _warn_of_ranks_of_another_model(config)
-        as_given = config.rank_pattern, config.dense_modules, config.was_measured
+        as_given = dict(vars(config))
         self._clamped: list[str] = []
         self._energy_ranks: dict[str, int] = {}
         self._progress = tqdm(desc="Starting adapters", unit=" layers", delay=2, leave=False)
@@ -75,7 +75,7 @@ class SpectralModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             undo_injection(model, adapter_name, former)
-            config.rank_pattern, config.dense_modules, config.was_measured = as_given
+            vars(config).update(as_given)
             raise
         finally:
             self._progress.close()

@@ -150,7 +150,7 @@ def step_in_backward(
     if any(module in _in_backward for module, _ in _units(model)):
         raise SpectralError(
             "The model is stepped in backward already. To change a learning rate, change that of the optimizers that "
-            "`step_in_backward` returned."
+            "`step_in_backward` returned. What is to train has to require a gradient before the first call."
         )
     groups = parameter_groups(model, lr, factor_lr=factor_lr, value_lr=value_lr, weight_decay=weight_decay)
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}

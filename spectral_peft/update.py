@@ -214,9 +214,8 @@ class SpectralUpdate(nn.Module, ABC):
         """The singular values as they are now, in no order and of either sign; None if the method has none."""
         return None
 
-    @property
-    def period(self) -> int:
-        """Optimizer steps from one change by the schedule to the next."""
+    def steps_to_turn(self) -> int:
+        """Optimizer steps up to the next one after which the schedule changes something."""
         return 1
 
     def statistics(self) -> dict[str, float]:
@@ -260,7 +259,8 @@ class SpectralUpdate(nn.Module, ABC):
     def freeze_start_(self) -> None:
         """Takes the frozen start out of training."""
         for _, weight in self.frozen():
-            weight.requires_grad_(False)
+            if weight.is_leaf:  # during a pass FSDP1 has views in the place of parameters
+                weight.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
         """torch's; what trains is looked at with `restore_dtype_` when training begins.

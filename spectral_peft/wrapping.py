@@ -43,10 +43,10 @@ UNCALLED_IN_MAMBA = {"x_proj", "dt_proj", "out_proj", "conv1d"}
 def refuse_fused(parent: nn.Module, key: str) -> None:
     """Raises TypeError for a layer whose parent computes with its weight without calling it.
 
-    nn.TransformerEncoderLayer does so in evaluation; Mamba's mixers, which are known by their parameter `A_log`, on a
-    GPU, and with some layers everywhere.
+    nn.TransformerEncoderLayer does so in evaluation; Mamba's mixers, which are known by their parameters `A_log` and
+    `D`, on a GPU, and with some layers everywhere. (The gated delta nets, which have no `D`, call theirs.)
     """
-    in_mamba = hasattr(parent, "A_log") and key.rpartition(".")[2] in UNCALLED_IN_MAMBA
+    in_mamba = hasattr(parent, "A_log") and hasattr(parent, "D") and key.rpartition(".")[2] in UNCALLED_IN_MAMBA
     if in_mamba or isinstance(parent, nn.TransformerEncoderLayer):
         raise TypeError(
             f"Target module {key} belongs to a {type(parent).__name__}, which computes with the weight of this layer "

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from spectral_peft import Calibration, SpectralError, calibrate
@@ -302,6 +303,47 @@ def test_gradients_are_those_at_the_outputs(frozen: bool) -> None:
         torch.testing.assert_close(found.double(), expected[name], rtol=1e-4, atol=1e-6 * float(expected[name].max()))
     assert all(value.grad is None and value.requires_grad is not frozen for value in model.parameters())
     assert calibrate(model, batches, ["q_proj"]).gradients == {}
+
+
+class Regression(nn.Module):
+    """Its labels are one number a row, in a column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=(self.down(self.up(x)) - labels).square().mean())
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=32, **sizes)).eval()
+
+
+def rows_of(kind: str) -> tuple[nn.Module, str, dict[str, Tensor]]:
+    """A model, what is calibrated, and four rows with their labels, of which some have few."""
+    torch.manual_seed(1)
+    if kind == "regression":
+        return Regression(), "up", {"x": torch.randn(4, 8), "labels": torch.randn(4, 1)}
+    ids = torch.randint(1, 32, (4, 6))
+    labels = ids.clone()
+    labels[2:, 3:] = -100
+    return (llama().eval(), "up_proj", {"input_ids": ids, "labels": labels}) if kind == "causal" else (
+        t5(), "wo", {"input_ids": ids, "labels": labels}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["regression", "causal", "sequence to sequence"])
+def test_it_does_not_matter_how_rows_are_batched(kind: str) -> None:
+    model, target, rows = rows_of(kind)
+    parts = [{name: value[part] for name, value in rows.items()} for part in (slice(3), slice(3, None))]
+    whole, split = (calibrate(model, batches, [target], gradients=True) for batches in ([rows], parts))
+    assert whole.gradients
+    for name, moment in whole.gradients.items():
+        torch.testing.assert_close(split.gradients[name], moment, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
 
 
 def test_a_tensor_is_its_own_labels() -> None:

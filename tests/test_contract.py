@@ -141,6 +141,22 @@ def test_merging_keeps_the_function_and_unmerging_undoes_it(method: Method, base
         torch.testing.assert_close(logits(model), original, rtol=FUNCTION, atol=FUNCTION)
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.replaces], ids=str)
+def test_what_could_not_be_unmerged_stays_merged(method: Method) -> None:
+    model = trained_model(method)
+    expected = logits(model)
+    model.merge_adapter()
+    layer = next(layers(model))
+    _, value = next(layer.update_of("default").trained_parameters())
+    value.data, kept = torch.zeros(0), value.data
+    with pytest.raises(RuntimeError):
+        model.unmerge_adapter()
+    assert layer.merged_adapters == ["default"]
+    value.data = kept
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=FUNCTION, atol=FUNCTION)
+
+
 def test_disabling_a_merged_adapter_gives_the_base(method: Method) -> None:
     model = trained_model(method)
     model.merge_adapter()

@@ -210,6 +210,14 @@ def step_in_fsdp1() -> None:
     torch.optim.SGD(trainable(model), lr=1e-3).step()
 
 
+def load_in_fsdp1(folder: Path) -> None:
+    """The first pass is one of views, which FSDP1 puts in the place of the parameters."""
+    model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+    expected = logits(model)
+    parallel = flattened(model)
+    torch.testing.assert_close(parallel(input_ids=batch()).logits, expected)
+
+
 def tensor_parallel() -> nn.Module:
     model, mesh = llama(), init_device_mesh("cpu", (2,))
     for layer in decoder_layers(model):
@@ -245,6 +253,12 @@ def test_ddp_counts_as_the_first_process_does(pair):
 
 def test_fsdp2_is_one_process_on_the_joint_batch(pair, tmp_path, method):
     pair.run(fsdp2, method.name, tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["svfit", "pissa"])
+def test_an_adapter_from_a_file_trains_in_fsdp1(pair, tmp_path, name):
+    get_peft_model(llama(), NAMED[name]()).save_pretrained(tmp_path)
+    pair.run(load_in_fsdp1, tmp_path)
 
 
 VARIANTS = {"riemannian": {"gradient": "riemannian"}, "absorb": {"absorb": True}, "freed": {"keep_base_weight": False}}

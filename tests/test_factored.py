@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig, Trainer, TrainingArguments
@@ -83,6 +84,15 @@ def test_everything_is_there_trains_and_comes_back(model_config: Any, targets: A
     if model_config is LLAMA:
         assert allocations.largest == 200 * 96 * 4  # the embedding, which was not targeted
     train_(reloaded, lr=1e-3)
+
+
+def test_a_converted_model_can_be_saved_again_and_again(tmp_path: Path) -> None:
+    """Its factors started from weights, and no scale of a random start belongs to them."""
+    norms = ["norm", "input_layernorm", "post_attention_layernorm"]
+    config = SCTConfig(r=4, target_modules=EVERYTHING[:-2], modules_to_save=[*EVERYTHING[-2:], *norms])
+    save_factored(get_peft_model(LlamaForCausalLM(LLAMA), config), tmp_path / "once")
+    save_factored(load_factored(tmp_path / "once"), tmp_path / "twice")
+    assert torch.equal(logits(load_factored(tmp_path / "twice")), logits(load_factored(tmp_path / "once")))
 
 
 def test_what_is_not_factored_starts_as_transformers_starts_it() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 
 from spectral_peft import SpectralError
 from tests.methods import METHODS, Method
@@ -45,6 +45,23 @@ def test_a_pass_in_eval_mode_freezes_too(method: Method, adapter: Path) -> None:
     model.load_adapter(adapter, is_trainable=True)
     model.eval()(input_ids=batch())
     assert not any(value.requires_grad for update in updates(model) for _, value in update.frozen())
+
+
+def test_train_freezes_before_any_pass(method: Method, adapter: Path) -> None:
+    """What wraps the model for several processes looks at what trains before the first pass."""
+    model = llama()
+    model.load_adapter(adapter, is_trainable=True)
+    model.train()
+    assert not any(value.requires_grad for update in updates(model) for _, value in update.frozen())
+
+
+@pytest.mark.parametrize("method", RECOMPUTABLE, ids=str)
+def test_the_state_of_a_model_without_data_has_names_and_shapes(method: Method) -> None:
+    config = method(save_start=False, target_modules=["up_proj"])
+    model = inject_adapter_in_model(config, llama(), low_cpu_mem_usage=True)
+    state = get_peft_model_state_dict(model)
+    assert state
+    assert all(value.is_meta for value in state.values())
 
 
 @pytest.mark.parametrize("method", RECOMPUTABLE, ids=str)

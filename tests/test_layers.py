@@ -31,8 +31,17 @@ class Mixer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.A_log = nn.Parameter(torch.zeros(8))
+        self.A_log, self.D = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
         self.dt_proj = nn.Linear(8, 8, bias=False)
+
+
+class DeltaNet(nn.Module):
+    """The parts of a gated delta net, which calls all of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(8))
+        self.out_proj = nn.Linear(8, 8, bias=False)
 
 
 class Tower(nn.Module):
@@ -165,6 +174,12 @@ def test_what_cannot_take_an_adapter_is_named(method: Method, name: str, message
         get_peft_model(model, method(r=4, target_modules=["up", name]))
     assert not list(layers(model))
     assert torch.equal(model(IDS), tower()(IDS))
+
+
+def test_a_delta_net_is_no_mamba(method: Method) -> None:
+    model = nn.ModuleDict({"mixer": DeltaNet()})
+    get_peft_model(model, method(r=4, target_modules=["out_proj"]))
+    assert adapted_names(model) == {"mixer.out_proj"}
 
 
 def test_a_weight_without_data_is_refused(method: Method) -> None:

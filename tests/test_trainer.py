@@ -21,7 +21,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from spectral_peft import SCTConfig, SpectralCallback, SpectralError, spectral_statistics, spectral_step
+from spectral_peft import (
+    SCTConfig,
+    SpectralCallback,
+    SpectralConfig,
+    SpectralError,
+    SSTConfig,
+    spectral_statistics,
+    spectral_step,
+)
 from spectral_peft.linalg import effective_rank
 from tests.methods import METHODS, SCHEDULED, SST, Method, counted
 from tests.models import batch, layers, llama, train_, trainable, updates
@@ -200,15 +208,40 @@ class OfTangents(Descent):
         super().step()
 
 
-@pytest.mark.parametrize(("steps_per_iteration", "warns"), [(STEPS, False), (STEPS + 1, True)])
-def test_a_schedule_longer_than_the_training_is_named(
-    steps_per_iteration: int, warns: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    run = trainer(get_peft_model(llama(), SST(steps_per_iteration=steps_per_iteration, warmup_steps=0)), tmp_path)
+def scheduled(name: str, every: int) -> SpectralConfig:
+    fields = {"r": 4, "target_modules": ["up_proj", "down_proj"]}
+    if name == "SST":
+        return SSTConfig(steps_per_iteration=every, warmup_steps=0, **fields)
+    return SCTConfig(retract_every=every, **fields)
+
+
+def warned(name: str, model: nn.Module, folder: Path, recwarn: pytest.WarningsRecorder) -> int:
+    recwarn.clear()
+    run = trainer(model, folder)
     run.add_callback(SpectralCallback(run))
     run.train()
-    found = [str(warning.message) for warning in recwarn if "The schedule of SST has no turn" in str(warning.message)]
-    assert len(found) == warns
+    return sum(f"The schedule of {name} has no turn" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("name", ["SST", "SCT"])
+def test_a_schedule_longer_than_the_training_is_named(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for every, expected in ((STEPS, 0), (STEPS + 1, 1)):
+        assert warned(name, get_peft_model(llama(), scheduled(name, every)), tmp_path, recwarn) == expected
+
+
+@pytest.mark.parametrize("name", ["SST", "SCT"])
+def test_what_trains_on_has_its_turn_sooner(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = get_peft_model(llama(), scheduled(name, STEPS + 1))
+    assert [warned(name, model, tmp_path, recwarn) for _ in range(2)] == [1, 0]
+
+
+def test_one_layer_with_a_turn_is_enough(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = get_peft_model(llama(), scheduled("SST", STEPS))
+    first = next(iter(updates(model)))
+    first.schedule = first.schedule._replace(steps_per_iteration=STEPS + 1)
+    assert warned("SST", model, tmp_path, recwarn) == 0
 
 
 def test_the_callback_projects_the_gradients_of_the_step(tmp_path: Path) -> None:

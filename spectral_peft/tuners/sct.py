@@ -121,9 +121,8 @@ class SCT(SpectralUpdate):
         S = self.singular_values()
         return Factors(self.U.weight.to(S.dtype), S, self.Vh.weight.to(S.dtype))
 
-    @property
-    def period(self) -> int:
-        return self.rule.every
+    def steps_to_turn(self) -> int:
+        return self.rule.every - self._count.of(self.step) % self.rule.every
 
     def statistics(self) -> dict[str, float]:
         """`retractions`: steps of this process after which U or Vh was made orthonormal."""
@@ -291,8 +290,12 @@ class SCTConfig(CalibratedConfig):
         self._check_positive("retract_tolerance", "a retraction every time")
         if self.init == "svd" and self.init_std is not None:
             raise ValueError(f'`init_std` is for `init="random"`, and has no effect otherwise; got {self.init_std}.')
-        if self.init == "random" and self.calibration is not None:
-            raise ValueError('`calibration` is for `init="svd"`: a random start looks at no weight and no inputs.')
+        measured = any(isinstance(r, str) for r in (self.r, *self.rank_pattern.values()))
+        if self.init == "random" and self.calibration is not None and not measured:
+            raise ValueError(
+                '`calibration` is for `init="svd"`, or for ranks by energy or budget: a random start looks at no '
+                "inputs."
+            )
         if not self.save_start:
             raise ValueError("`save_start` should be True: the factors of SCT change, they cannot be recomputed.")
 

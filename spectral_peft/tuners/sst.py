@@ -89,9 +89,8 @@ class SST(SpectralUpdate):
         """The singular values as they are now, by slot, in float32 at least."""
         return in_float32(self.S.weight) + self.dS.weight
 
-    @property
-    def period(self) -> int:
-        return self.schedule.steps_per_iteration
+    def steps_to_turn(self) -> int:
+        return self.schedule.steps_per_iteration - self._count.of(self.step) % self.schedule.steps_per_iteration
 
     def statistics(self) -> dict[str, float]:
         """`swaps`, changes of the trained vectors since the start, and `decompositions`, SVDs of the weight."""
@@ -132,7 +131,9 @@ class SST(SpectralUpdate):
     # Exchanged vectors belong together
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}U.weight" in state_dict and f"{prefix}order" not in state_dict:
+        trained = {f"{prefix}{name}" for name, _ in self.trained_parameters()}
+        others = {f"{prefix}{name}" for name, _ in (*self.frozen(), *self.named_buffers())}
+        if trained <= state_dict.keys() and others.isdisjoint(state_dict):  # a file of many may hold some of both
             raise SpectralError(
                 f"The vectors of {self.key} that train come without `order`, which says which ones they are, and "
                 "without the others. Keep all tensors: `model.state_dict()`, or those of `get_peft_model_state_dict`."
@@ -257,7 +258,7 @@ class PooledSST(SST):
     @torch.no_grad()
     def start_(self, factors: Factors) -> None:
         super().start_(factors)
-        U, S, Vh = self.factors()  # in the order of the slots, so that the difference starts as exactly zero
+        U, S, Vh = self.factors()  # in the order of the slots, so that the difference starts as zero, up to rounding
         self.U0.weight.copy_(U)
         self.S0.weight.copy_(S)
         self.Vh0.weight.copy_(Vh)
@@ -269,7 +270,7 @@ class PooledSST(SST):
         self.S0.weight.zero_()
 
     def start_segments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """U0, S0 and Vh0, of the first r and of the rest; the first r rounded as U and Vh are, to cancel them exactly.
+        """U0, S0 and Vh0, of the first r and of the rest; the first r rounded as U and Vh are, to cancel them.
 
         In the order of the arguments of `segmented_product`.
         """

@@ -485,6 +485,17 @@ def test_a_calibrated_start_serves_the_inputs_better() -> None:
     assert distances[1] > distances[0]
 
 
+def test_a_calibration_gives_ranks_to_a_random_start() -> None:
+    ids = [batch(seed) for seed in range(4)]
+    names = ["up_proj", "gate_proj", "down_proj", "q_proj", "o_proj"]
+    calibration = calibrate(llama(), ids, names)
+    ranks = []
+    for given in (None, calibration):
+        config = SCTConfig(r="energy=0.8", target_modules=names, init="random", calibration=given)
+        ranks.append([update.r for update in updates(get_peft_model(llama(), config))])
+    assert ranks[0] != ranks[1]
+
+
 def test_a_budget_is_kept(tmp_path: Path) -> None:
     dense = sum(layer.weight.numel() for layer in llama().modules() if isinstance(layer, nn.Linear)) - 64 * 32
     model = get_peft_model(llama(), SCTConfig(r="budget=0.4", target_modules="all-linear"))

@@ -307,6 +307,19 @@ def test_trained_vectors_without_the_others_are_refused(pool: int | None) -> Non
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 7, 50])
+def test_a_whole_checkpoint_may_come_in_parts(parts: int) -> None:
+    """The files of a large one end where they end, between the tensors of one weight too."""
+    trained = get_peft_model(llama(), SSTConfig(r=4, steps_per_iteration=2, target_modules=["up_proj"]))
+    train_(trained, lr=1e-2)
+    tensors = list(trained.state_dict().items())
+    model = get_peft_model(llama(), SSTConfig(r=4, steps_per_iteration=2, target_modules=["up_proj"]))
+    size = -(-len(tensors) // parts)
+    for first in range(0, len(tensors), size):
+        model.load_state_dict(dict(tensors[first : first + size]), strict=False)
+    assert torch.equal(logits(model), logits(trained))
+
+
 def test_the_warm_up_ends_within_an_iteration() -> None:
     lengths = {200: 20, 100: 20, 50: 10, 4: 0, 1: 0}
     for steps, expected in lengths.items():
