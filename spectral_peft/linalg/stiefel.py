@@ -79,8 +79,11 @@ def polar_retraction(
         return Q.to(X.dtype).contiguous()
 
 
-def normalize_(X: Tensor, dim: int) -> None:
-    """Gives the vectors along `dim` length 1: `F.normalize` in place, bit by bit, without its copy of X."""
+def normalize_(
+    X: Tensor,  # shape: (..., m, n)
+    dim: int,
+) -> None:
+    """Gives the vectors of X along `dim` length 1: `F.normalize` in place, bit by bit, without its copy of X."""
     X.div_(torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp_min_(1e-12))
 
 
