@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,7 @@ def scheduled(name: str, every: int) -> SpectralConfig:
 
 def warned(name: str, model: nn.Module, folder: Path, recwarn: pytest.WarningsRecorder) -> int:
     recwarn.clear()
+    warnings.simplefilter("always")  # the same words may come twice
     run = trainer(model, folder)
     run.add_callback(SpectralCallback(run))
     run.train()
