@@ -33,7 +33,7 @@ from spectral_peft import (
 )
 from spectral_peft.linalg import effective_rank
 from tests.methods import METHODS, SCHEDULED, SST, Method, counted
-from tests.models import batch, layers, llama, train_, trainable, updates
+from tests.models import batch, layers, llama, logits, train_, trainable, updates
 
 
 STEPS = 3
@@ -80,6 +80,21 @@ def assert_trained(model: nn.Module, method: Method, with_callback: bool, traine
 def test_trainer(method: Method, with_callback: bool, tmp_path: Path) -> None:
     model = get_peft_model(llama(), counted(method))
     assert_trained(model, method, with_callback, trainer(model, tmp_path))
+
+
+def test_the_best_model_is_loaded_at_the_end(method: Method, tmp_path: Path) -> None:
+    """The best one has the highest loss here, so that it is not the last one."""
+    model = get_peft_model(llama(), counted(method))
+    each = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = Trainer(
+        model, arguments(tmp_path, learning_rate=1e-2, **each, **best), train_dataset=ROWS, eval_dataset=ROWS
+    )
+    run.train()
+    checkpoint = Path(run.state.best_model_checkpoint)
+    assert checkpoint.name == "checkpoint-1"
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(llama(), checkpoint)))
 
 
 def test_seq2seq_trainer(method: Method, tmp_path: Path) -> None:
