@@ -109,7 +109,8 @@ def calibrate(
     mean, so that a label counts alike in a batch of few.
 
     The model runs in eval mode, and is left as it was. Inputs at positions that an `attention_mask`
-    of the batch excludes are not counted, where the module's input still has the shape of the mask. The inputs of an
+    of the batch excludes are not counted, where the module's input still has the shape of the mask. It is the mask of
+    the encoder, if there is one: where the texts of a decoder are as long, all of its inputs count. The inputs of an
     nn.Embedding are one-hot vectors; its moment is a diagonal of token frequencies.
 
     Args:
@@ -137,12 +138,14 @@ def calibrate(
         totals[key] = _Total("inputs", key, in_features, one_hot or in_features > diagonal_above)
         slopes[key] = _Total("gradients at the output", key, out_features, out_features > diagonal_above)
     outputs: list[tuple[str, Tensor]] = []
+    encoder = _encoder(model)
     with _observed(model, modules, totals, outputs if gradients else None), torch.set_grad_enabled(gradients):
         number = 0
         for batch in tqdm(batches, desc="Calibrating", unit=" batches", delay=2, leave=False):
             mask = _mask(batch)
+            is_shared = _decodes_as_long(batch, mask)
             for total in (*totals.values(), *slopes.values()):
-                total.mask = mask
+                total.mask = None if is_shared and not total.key.startswith(encoder) else mask
             result = _run(model, batch, gradients)
             if gradients:
                 _add_gradients(result, _labels(batch, model), outputs, slopes)
@@ -275,6 +278,20 @@ def _mask(batch: Batch) -> Tensor | None:
         )
     mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _encoder(model: Any) -> str:
+    """The beginning of the names of the modules that an `attention_mask` is for."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ""
+    encoder = model.get_encoder()
+    return next(f"{name}." for name, module in model.named_modules() if module is encoder)
+
+
+def _decodes_as_long(batch: Batch, mask: Tensor | None) -> bool:
+    """Whether the shape of the mask, were there a decoder, would be that of its inputs too."""
+    decoded = batch.get("labels", batch.get("decoder_input_ids")) if isinstance(batch, Mapping) else None
+    return mask is not None and isinstance(decoded, Tensor) and decoded.shape == mask.shape
 
 
 def _run(model: nn.Module, batch: Batch, with_loss: bool) -> Any:

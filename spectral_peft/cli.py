@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,16 +12,24 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import peft
 import torch
 import transformers
 import typer
-from peft import PeftModel, get_peft_model
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from spectral_peft.config import SpectralConfig
+from spectral_peft.errors import SpectralError
 from spectral_peft.export import export_lora
 from spectral_peft.factored import BASE, build_factored, load_factored
 from spectral_peft.linalg import effective_rank, singular_values
@@ -42,7 +51,7 @@ Adapter = Annotated[str, typer.Argument(help="Folder of an adapter, or its Hub i
 Model = Annotated[str, typer.Argument(help="Folder of a model, or its Hub id.")]
 AutoClass = Annotated[str, typer.Option(help="The class of transformers that loads the model.")]
 Targets = Annotated[
-    str, typer.Option(help="`target_modules`: 'all-linear', a regular expression, or names with commas.")
+    str, typer.Option(help="`target_modules`: 'all-linear', names with commas, or a regular expression.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw the spectra to this file (.png, .svg, .pdf).")]
 
@@ -169,15 +178,23 @@ def export(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA; by default the smallest that is exact.")] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="dtype of the written weights; by default that of the base.")
+        Dtype | None, typer.Option(help="dtype of the dense weights; by default that of the base.")
     ] = None,
-    auto_class: AutoClass = "AutoModelForCausalLM",
+    auto_class: Annotated[
+        str | None,
+        typer.Option(help="The class of transformers that loads the base; by default that of the adapter's task."),
+    ] = None,
+    num_labels: Annotated[
+        int | None, typer.Option(help="Labels of a classifier; by default as many as the config of the base has.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """An adapter as a plain LoRA, or merged into a dense model, for servers without this package."""
     if to is Destination.merged and rank is not None:
         raise typer.BadParameter("is for --to lora.", param_hint="--rank")
-    model = _with_adapter(adapter, base, auto_class)
+    if to is Destination.lora and dtype is not None:
+        raise typer.BadParameter("is for --to merged; a LoRA is written in float32.", param_hint="--dtype")
+    model = _with_adapter(adapter, base, auto_class, num_labels)
     if to is Destination.merged:
         export_merged(model, folder, dtype=None if dtype is None else getattr(torch, dtype.value))
         _copy_tokenizer(str(model.get_base_model().name_or_path), folder)
@@ -231,29 +248,53 @@ def _one_line_errors() -> Any:
 
 
 def _targets(text: str) -> str | list[str]:
-    return text.split(",") if "," in text else text
+    names = [name.strip() for name in text.split(",")]
+    return names if text != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names) else text
 
 
 def _auto_class(name: str) -> Any:
-    found = getattr(transformers, name, None) if name.startswith("Auto") else None
+    found = getattr(transformers, name, None) if name.startswith("AutoModel") else None
     if found is None:
-        raise typer.BadParameter(f"{name!r} is no Auto class of transformers.", param_hint="--auto-class")
+        raise typer.BadParameter(f"{name!r} is no Auto class of transformers for models.", param_hint="--auto-class")
     return found
 
 
-def _load(model: str, auto_class: str) -> nn.Module:
-    loaded: nn.Module = _auto_class(auto_class).from_pretrained(model)
+def _load(model: str, auto_class: str, **fields: Any) -> nn.Module:
+    loaded: nn.Module = _auto_class(auto_class).from_pretrained(model, **fields)
     return loaded
 
 
-def _with_adapter(adapter: str, base: str | None, auto_class: str) -> PeftModel:
+def _with_adapter(adapter: str, base: str | None, auto_class: str | None, num_labels: int | None) -> PeftModel:
     stored = open_adapter(adapter)
+    config = stored.config
+    auto_class = auto_class or _class_of(config)
     if base is None and (stored.folder / BASE).is_dir():
         return load_factored(stored.folder, auto_class=_auto_class(auto_class))
-    name = base or stored.config.base_model_name_or_path
+    name = base or config.base_model_name_or_path
     if not name:
         raise typer.BadParameter("is needed: the adapter names no base model.", param_hint="--base")
-    return PeftModel.from_pretrained(_load(name, auto_class), str(adapter_folder(adapter)))
+    fields: dict[str, Any] = {}
+    if num_labels is not None:  # the head is that of the adapter
+        fields = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    if base is None and config.revision:
+        fields["revision"] = config.revision
+    try:
+        model = PeftModel.from_pretrained(_load(name, auto_class, **fields), str(adapter_folder(adapter)))
+    except RuntimeError as error:  # what torch raises for tensors of other shapes
+        raise SpectralError(f"The adapter does not fit {name} as {auto_class} loads it: {error}") from error
+    if left := sorted(stored.tensors.keys() - get_peft_model_state_dict(model).keys()):
+        raise SpectralError(
+            f"{name} as {auto_class} loads it has no place for {len(left)} tensors of the adapter, such as {left[0]}. "
+            "Name the class that was trained with --auto-class."
+        )
+    return model
+
+
+def _class_of(config: SpectralConfig) -> str:
+    """The class of transformers for the task of an adapter."""
+    peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModelForCausalLM)
+    name: str = getattr(peft, f"Auto{peft_model.__name__}")._target_class.__name__
+    return name
 
 
 def _copy_tokenizer(base: str, folder: Path) -> None:

@@ -22,6 +22,7 @@ from spectral_peft.errors import SpectralError
 from spectral_peft.experts import ExpertLinear
 from spectral_peft.layer import SpectralLinear
 from spectral_peft.linalg import Factors, svd_of_product, truncated_svd
+from spectral_peft.stored import new_folder
 
 
 MAX_SERVED_RANK = 512
@@ -42,7 +43,7 @@ def export_lora(
 
     Args:
         model: A model with a spectral adapter.
-        folder: Where adapter_model.safetensors and adapter_config.json go; it is created.
+        folder: Where adapter_model.safetensors and adapter_config.json go. It should not exist, or be empty.
         adapter_name: The adapter to export.
         rank: The rank of the LoRA. None takes the smallest that is exact: that of an SVFit adapter is r, of a PiSSA
             adapter 2 r, of SST on a pool twice the pool. With a smaller one the best approximation is saved,
@@ -53,9 +54,10 @@ def export_lora(
 
     Raises:
         SpectralError: the change has full rank, as that of an adapter that replaces its base weight, and there is no
-            `rank`; or it is one of `target_parameters`.
+            `rank`; or it is one of `target_parameters`; or `folder` holds something.
         ValueError: the model has no such spectral adapter, or `rank` is not positive.
     """
+    folder = new_folder(folder)
     layers = {layer.key: layer for _, layer, _ in adapter_updates(model, adapter_name)}
     if not layers:
         raise ValueError(f"The model has no spectral adapter named '{adapter_name}'.")
@@ -74,7 +76,6 @@ def export_lora(
     _warn_of_servers(tensors, r)
     for key, (triplets, _) in factors.items():
         tensors.update(_lora_tensors(layers[key], triplets, r))
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     _lora_config(model, adapter_name, layers, r).save_pretrained(str(folder))

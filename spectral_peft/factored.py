@@ -11,21 +11,21 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from spectral_peft.card import complete_card
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
 from spectral_peft.stored import load_config, load_tensors
-from spectral_peft.targets import targeted_modules
+from spectral_peft.targets import other_modules, targeted_modules
 
 
 BASE = "base"
 """Subfolder of a factored checkpoint with the config of the model: beside adapter_config.json, transformers would take
 a config.json for that of a model whose dense weights are there too."""
 FAR_MORE = 100
-"""`modules_to_save` may leave out what was not trained, such as the embedding, but not this many times what was."""
+"""A checkpoint may lack tensors, which are then named, but no model has this many times the numbers of its own."""
 
 LOADING = 'from spectral_peft import load_factored\n\nmodel = load_factored("{}")'
 
@@ -42,7 +42,7 @@ def build_factored(
     The model is built on the meta device, gets its adapter there, and what the adapter does not replace is then
     allocated and initialized as transformers does. The factors start at random, with one scale for all, that of the
     dense initialization. Everything trains and is saved with the adapter: `modules_to_save` is set to what is not
-    targeted, unless `config` names others.
+    targeted, unless `config` names others, and `bias` to "spectral_only" if it is "none".
 
     Args:
         model_config: For example `AutoConfig.from_pretrained(...)`, or a `LlamaConfig`.
@@ -55,7 +55,6 @@ def build_factored(
         ValueError: weights of the model are tied, such as those of embedding and head.
         SpectralError: the method of `config` cannot start without a weight.
     """
-    device = torch.get_default_device() if device is None else torch.device(device)
     with torch.device("meta"):
         base = auto_class.from_config(model_config)
     config = copy.deepcopy(config)
@@ -63,7 +62,15 @@ def build_factored(
     if getattr(config, "init", None) == "random" and getattr(config, "init_std", 0.0) is None:
         config.init_std = _initial_std(model_config)  # type: ignore[attr-defined]
     if config.modules_to_save is None:
-        config.modules_to_save = _untouched(base, config)
+        config.modules_to_save = other_modules(base, targeted_modules(base, config))
+    if config.bias == "none":
+        config.bias = "spectral_only"
+    return _materialized(base, config, device)
+
+
+def _materialized(base: nn.Module, config: SpectralConfig, device: torch.device | str | None) -> PeftModel:
+    """A model on the meta device with its adapter, allocated without the weights that the adapter replaces."""
+    device = torch.get_default_device() if device is None else torch.device(device)
     with device:
         model: PeftModel = get_peft_model(base, config)
         if device.type != "meta":
@@ -78,34 +85,40 @@ def _initial_std(model_config: PretrainedConfig) -> float:
     return next((getattr(config, name) for name in names if getattr(config, name, None)), 0.02)
 
 
-def _untouched(model: nn.Module, config: SpectralConfig) -> list[str]:
-    """The last names of the modules that hold parameters and take no adapter."""
-    targeted = targeted_modules(model, config)
-    holders = (name for name, module in model.named_modules() if list(module.parameters(recurse=False)))
-    return sorted({name.rpartition(".")[2] for name in holders if name not in targeted})
-
-
 def save_factored(model: PeftModel, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> None:
-    """Saves a model of `build_factored`: its adapter as `save_pretrained` does, and the config of the model beside it.
+    """Saves a model of `build_factored`, or one that was converted: all of its tensors, and the config of the model.
+
+    The adapter is saved as `save_pretrained` does it; what does not train is saved beside it, in the same file.
 
     Args:
         model: What to save.
-        folder: Gets adapter_model.safetensors, adapter_config.json and base/config.json.
+        folder: Gets adapter_model.safetensors, adapter_config.json and base/config.json, and
+            base/generation_config.json for a model that generates.
         shard_bytes: Size above which the tensors go to several files, adapter_model-00001-of-00002.safetensors and so
             on, with an index. PEFT itself loads an adapter from one file only; `load_factored` loads both.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(model.peft_config["default"])
-    config.inference_mode = True
+    config.inference_mode, config.base_model_name_or_path = True, None  # a converted model needs its base no more
     base: Any = model.get_base_model()
     base.config.save_pretrained(str(folder / BASE))
+    if base.can_generate():
+        base.generation_config.save_pretrained(str(folder / BASE))
     model.create_or_update_model_card(str(folder))
     config.save_pretrained(str(folder))
     complete_card(folder, config, loading=LOADING.format(folder.name))
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # all that trains is there already
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors |= {name: value for name, value in _beside_adapter(model).items() if name not in tensors}
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}.")
     save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=shard_bytes)
+
+
+def _beside_adapter(model: PeftModel) -> dict[str, Tensor]:
+    """What the model holds and PEFT saves with no adapter; weights that were given up hold nothing."""
+    copies = ("original_module", "modules_to_save", model.base_model.prefix)
+    beside = {name: value for name, value in model.state_dict().items() if value.numel()}
+    return {name: value for name, value in beside.items() if not any(f".{part}" in name for part in copies)}
 
 
 def load_factored(
@@ -135,19 +148,39 @@ def load_factored(
     try:
         model_config = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
         _refuse_deeper(model_config, tensors)
-        _refuse_larger(build_factored(model_config, config, auto_class=auto_class, device="meta"), tensors)
+        _refuse_larger(_planned(model_config, config, auto_class, "meta"), tensors)
     except SpectralError:
         raise
     except Exception as error:  # whatever transformers and the model's own code make of a damaged config
         raise SpectralError(f"The model of {config_file} cannot be built: {error!r:.1000}") from error
-    model = build_factored(model_config, config, auto_class=auto_class, device=device)
+    model = _planned(model_config, config, auto_class, device)
+    beside = _beside_adapter(model).keys()
+    if missing := sorted(beside - tensors.keys()):
+        raise SpectralError(
+            f"The checkpoint in {folder} lacks {len(missing)} tensors of the model, such as {missing[0]}: it is "
+            "incomplete. `save_factored` saves everything, `save_pretrained` only what trains."
+        )
     try:
+        model.load_state_dict({name: tensors.pop(name) for name in beside}, strict=False)
         set_peft_model_state_dict(model, tensors)
     except KeyError as error:  # what PEFT raises for a module of `modules_to_save` that is not there
         raise SpectralError(f"The checkpoint in {folder} has no tensor {error}: it is incomplete.") from error
     except RuntimeError as error:  # what torch raises for one of another shape
         raise SpectralError(f"The checkpoint in {folder} does not fit {config_file}: {error}") from error
+    if (folder / BASE / GENERATION_CONFIG_NAME).is_file():
+        base: Any = model.get_base_model()
+        base.generation_config = GenerationConfig.from_pretrained(str(folder / BASE))
     return model
+
+
+def _planned(
+    model_config: PretrainedConfig, config: SpectralConfig, auto_class: Any, device: torch.device | str | None
+) -> PeftModel:
+    """The model of a checkpoint, which trains what `config` says and no more."""
+    with torch.device("meta"):
+        base = auto_class.from_config(model_config)
+    _refuse_tied(base)
+    return _materialized(base, copy.deepcopy(config), device)
 
 
 def _refuse_deeper(model_config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:

@@ -17,12 +17,14 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from spectral_peft.errors import SpectralError
 from spectral_peft.experts import SpectralExperts
 from spectral_peft.layer import SpectralLinear, refuse_merged
 from spectral_peft.quantized import quantization_of
+from spectral_peft.stored import new_folder
 
 
 class _Entry(NamedTuple):
@@ -63,9 +65,7 @@ def export_merged(
         SpectralError: `folder` holds something, or could not be written, because the disk is full for example.
     """
     refuse_merged(model, "a merged model is exported")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise SpectralError(f"{folder} is not empty. Export to a new folder, so that nothing there is lost.")
+    folder = new_folder(folder)
     base: Any = model.get_base_model()
     entries = list(_entries(base, adapter_name, dtype))
     existed = folder.exists()
@@ -74,7 +74,7 @@ def export_merged(
         _config(base, entries, dtype).save_pretrained(str(folder))
         if base.can_generate():
             base.generation_config.save_pretrained(str(folder))
-        _write(entries, folder, shard_bytes)
+        _write(base, entries, folder, shard_bytes)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         if existed:
@@ -97,20 +97,28 @@ def _config(base: Any, entries: list[_Entry], dtype: torch.dtype | None) -> Any:
 
 
 def _entries(base: Any, adapter_name: str, dtype: torch.dtype | None) -> Iterator[_Entry]:
-    """The state dict of the dense model, in its order; no weight is merged yet."""
+    """The state dict of the dense model, in its order; no weight is merged yet.
+
+    The config ties all or nothing: where training has made one pair differ, all names are there.
+    """
     layers = [module for module in base.modules() if isinstance(module, SpectralLinear)]
     if not any(adapter_name in layer.configs for layer in layers):
         raise ValueError(f"The model has no spectral adapter named '{adapter_name}'.")
     tensors = {name: (value, make) for name, value, make in _tensors(base, "", adapter_name)}
+    sources = {name: source for name, source in base.all_tied_weights_keys.items() if name in tensors}
+    tied = all(
+        source in tensors and _is_same(tensors[name][1](), tensors[source][1]()) for name, source in sources.items()
+    )
     for name, (value, make) in tensors.items():
-        source = base.all_tied_weights_keys.get(name)
-        if source not in tensors or not _is_same(make(), tensors[source][1]()):
+        if not (tied and name in sources):
             target = value.dtype if dtype is None or not value.is_floating_point() else dtype
             yield _Entry(name, value.to("meta", target), partial(_as, make, target))
 
 
 def _as(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
-    return make().to("cpu", dtype).contiguous()
+    made = make()
+    moved = made.to("cpu", dtype).contiguous()
+    return moved.clone() if moved is made else moved  # a file holds no two names of one tensor
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -164,15 +172,19 @@ def _merged_experts(experts: SpectralExperts, prefix: str, adapter_name: str) ->
         yield name, value, partial(experts.merged_parameter, adapted[name], adapter_name) if name in adapted else make
 
 
-def _write(entries: list[_Entry], folder: Path, shard_bytes: int) -> None:
+def _write(base: Any, entries: list[_Entry], folder: Path, shard_bytes: int) -> None:
+    """In the names and shapes of published checkpoints of this architecture, such as one tensor for each expert."""
     planned = {entry.name: entry.like for entry in entries}
     split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
     make = {entry.name: entry.make for entry in entries}
-    total = split.metadata["total_size"]
+    total, file_of = split.metadata["total_size"], {}
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, delay=2) as progress:
         for file, names in split.filename_to_tensors.items():
-            save_file({name: make[name]() for name in names}, folder / file, metadata={"format": "pt"})
+            shard = revert_weight_conversion(base, {name: make[name]() for name in names})
+            shard = {name: value.contiguous() for name, value in shard.items()}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            file_of.update(dict.fromkeys(shard, file))
             progress.update(sum(planned[name].nbytes for name in names))
     if split.is_sharded:
-        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))

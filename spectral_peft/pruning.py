@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from spectral_peft.card import complete_card
 from spectral_peft.config import SpectralConfig
 from spectral_peft.errors import SpectralError
+from spectral_peft.factored import BASE, LOADING
 from spectral_peft.linalg import Factors, svd
-from spectral_peft.stored import StoredAdapter
+from spectral_peft.stored import StoredAdapter, new_folder
 from spectral_peft.tuners.sct import SCTConfig
 from spectral_peft.update import Size, SpectralUpdate
 
@@ -52,9 +55,7 @@ def prune(adapter: StoredAdapter, folder: str | Path, share: float) -> dict[str,
     """
     if not 0 < share <= 1:
         raise ValueError(f"`share` should be above 0 and at most 1, got {share}.")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise SpectralError(f"{folder} is not empty. Prune to a new folder, so that nothing there is lost.")
+    folder = new_folder(folder)
     pruned: dict[str, Pruned] = {}
     old, new = f".{adapter.config.container}.", f".{SCTConfig(r=1).container}."
     tensors = {name: value for name, value in adapter.tensors.items() if old not in name}
@@ -68,21 +69,26 @@ def prune(adapter: StoredAdapter, folder: str | Path, share: float) -> dict[str,
         tensors.update({f"base_model.model.{module}{new}{name}": value for name, value in kept.items()})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    _config(adapter.config, {module: result.kept for module, result in pruned.items()}).save_pretrained(str(folder))
+    config = _config(adapter.config, {module: result.kept for module, result in pruned.items()})
+    config.save_pretrained(str(folder))
+    if (adapter.folder / BASE).is_dir():  # of a factored model
+        shutil.copytree(adapter.folder / BASE, folder / BASE)
+        complete_card(folder, config, loading=LOADING.format(folder.name))
     return pruned
 
 
 def _pruned(update: SpectralUpdate, module: str, share: float) -> tuple[Pruned, dict[str, Tensor]]:
     W = update.matrix()
     U, S, Vh = svd(W)
-    kept = int((S.double().cumsum(0) < share * S.double().sum()).sum()) + 1
-    kept = min(kept, max(1, int((S > 0).sum())))
+    rounding = S[0] * max(W.shape) * torch.finfo(S.dtype).eps  # all that a weight of lower rank has beside its values
+    values = max(1, int(S.gt(rounding).sum()))
+    kept = min(values, int((S.double().cumsum(0) < share * S.double().sum()).sum()) + 1)
     rest, whole = S[kept:].norm(), S.norm()
     smaller = SCTConfig(r=kept).build(Size(W.shape[0], W.shape[1], kept, W.dtype, key=module))
     smaller.start_(Factors(U[:, :kept], S[:kept], Vh[:kept]))
     smaller.take_fingerprint_(W)
     smaller.fingerprint[0] = update.fingerprint[0]  # of the base weight, which is not known here
-    return Pruned(len(S), kept, float(rest / whole) if whole else 0.0), smaller.state_dict()
+    return Pruned(values, kept, float(rest / whole) if whole else 0.0), smaller.state_dict()
 
 
 def _config(config: SpectralConfig, ranks: dict[str, int]) -> SCTConfig:

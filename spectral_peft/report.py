@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spectral_peft.layer import SpectralLinear
+from spectral_peft.targets import other_modules
 
 
 class ParameterReport(NamedTuple):
@@ -64,8 +65,13 @@ def untargeted_modules(model: nn.Module) -> list[str]:
     """Names of the modules that hold parameters and take no adapter with "all-linear": embeddings, norms and head.
 
     As `modules_to_save` they train in full beside the adapters, are saved and resume: for pre-training from scratch.
+    A warning names the parameters of a module that holds such modules, or linear layers, beside parameters of its own:
+    they stay as they are.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    holders = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-    others = [name for name, module in holders if module is head or not isinstance(module, (nn.Linear, Conv1D))]
-    return sorted({name.rpartition(".")[2] for name in others})
+    targeted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+    return other_modules(model, targeted)

@@ -80,7 +80,19 @@ def adapter_folder(source: str | Path) -> Path:
         return Path(source)
     if str(source).count("/") > 1 or str(source).startswith((".", "/")):
         raise FileNotFoundError(f"There is no folder {source}.")
-    return Path(snapshot_download(str(source), allow_patterns=["adapter_*", "base/config.json"]))
+    return Path(snapshot_download(str(source), allow_patterns=["adapter_*", "base/*.json"]))
+
+
+def new_folder(folder: str | Path) -> Path:
+    """The path of a folder to write to.
+
+    Raises:
+        SpectralError: it holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise SpectralError(f"{folder} is not empty. Name a new folder, so that nothing there is lost.")
+    return folder
 
 
 def load_config(folder: Path) -> SpectralConfig:

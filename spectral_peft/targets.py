@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -46,6 +48,40 @@ def targeted_matrices(model: nn.Module, config: Any) -> list[str]:
         if value.ndim == 3 and f".{name}".endswith(endings)
         for index in range(len(value))
     ]
+
+
+def other_modules(model: nn.Module, targeted: Collection[str]) -> list[str]:
+    """Names for `modules_to_save` of what holds parameters and is not targeted: the last parts, where these suffice.
+
+    A module that holds others of them, or targeted ones, cannot be copied as a whole; a warning names its parameters.
+    """
+    holders = [
+        name
+        for name, module in model.named_modules()
+        if name not in targeted and next(module.parameters(recurse=False), None) is not None
+    ]
+    nested = {
+        name for name in holders if not name or any(other.startswith(f"{name}.") for other in (*holders, *targeted))
+    }
+    chosen = {name for name in holders if name not in nested}
+    reached = {id(value) for name in (*chosen, *targeted) for value in model.get_submodule(name).parameters()}
+    left = [
+        f"{name}.{parameter}"
+        for name in sorted(nested)
+        for parameter, value in model.get_submodule(name).named_parameters(recurse=False)
+        if id(value) not in reached
+    ]
+    if left:
+        warnings.warn(
+            f"{len(left)} parameters stay as they are, such as {left[0]}: the modules that hold them hold others that "
+            "train apart from them.",
+            stacklevel=3,
+        )
+    names = [name for name, _ in model.named_modules()]
+    ends = {name.rpartition(".")[2] for name in chosen}
+    # PEFT takes every module whose name ends so.
+    unique = {end for end in ends if all(name in chosen for name in names if name.endswith(end))}
+    return sorted({end if (end := name.rpartition(".")[2]) in unique else name for name in chosen})
 
 
 def refuse_unmatched_patterns(model: nn.Module, config: Any) -> None:

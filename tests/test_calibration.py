@@ -346,6 +346,20 @@ def test_it_does_not_matter_how_rows_are_batched(kind: str) -> None:
         torch.testing.assert_close(split.gradients[name], moment, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
 
 
+@pytest.mark.parametrize("length", [6, 5])
+def test_the_mask_of_an_encoder_is_not_that_of_its_decoder(length: int) -> None:
+    ids = torch.randint(1, 32, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    rows = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, :length].contiguous()}
+    tokens = calibrate(t5(), [rows], ["wo", "wi"]).tokens
+    assert {name: count for name, count in tokens.items() if name.startswith("encoder.")} == {
+        "encoder.block.0.layer.1.DenseReluDense.wi": 9,
+        "encoder.block.0.layer.1.DenseReluDense.wo": 9,
+    }
+    assert {count for name, count in tokens.items() if name.startswith("decoder.")} == {2 * length}
+
+
 def test_a_tensor_is_its_own_labels() -> None:
     model, ids = llama().eval(), batch()
     one, other = (calibrate(model, [b], ["up_proj"], gradients=True) for b in (ids, {"input_ids": ids, "labels": ids}))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from spectral_peft import SpectralError
+from spectral_peft import SCTConfig, SpectralError, SVFitConfig, build_factored, load_factored, save_factored
 from spectral_peft.cli import app, main
 from spectral_peft.stored import open_adapter
 from tests.methods import Method
@@ -109,6 +112,63 @@ def test_exports(saved: tuple[PeftModel, Path], method: Method, tmp_path: Path) 
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_the_head_of_a_classifier_is_exported(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model = get_peft_model(base, SVFitConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SpectralError, match=r"does not fit .*base as AutoModelForSequenceClassification loads it"):
+        run("export", tmp_path / "adapter", tmp_path / "out", "--to", "merged")
+    with pytest.raises(SpectralError, match=r"no place for 1 tensors of the adapter, such as .*score\.weight"):
+        run("export", tmp_path / "adapter", tmp_path / "out", "--auto-class", "AutoModelForCausalLM")
+    run("export", tmp_path / "adapter", tmp_path / "out", "--to", "merged", "--num-labels", 3)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(merged.score.weight, model.base_model.model.score.modules_to_save["default"].weight)
+    assert run("export", tmp_path / "adapter", tmp_path / "lora", "--num-labels", 3)
+    assert any("score" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+
+
+def test_the_base_has_the_revision_that_the_adapter_names(tmp_path: Path) -> None:
+    cache = tmp_path / "home" / "hub" / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    for seed, (revision, commit) in enumerate([("main", "a" * 40), ("v2", "b" * 40)]):
+        llama(seed=seed).save_pretrained(cache / "snapshots" / commit)
+        (cache / "refs" / revision).write_text(commit)
+    config = SVFitConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="me/tiny", revision="v2")
+    base = llama(seed=1)
+    base.name_or_path = "me/tiny"
+    model = get_peft_model(base, config, revision="v2")
+    model.save_pretrained(tmp_path / "adapter")
+    words = ["export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "merged"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "spectral_peft.cli", *words], env=environment, check=True, timeout=120)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(llama(seed=1)))
+
+
+def test_a_factored_model_is_pruned_to_one(tmp_path: Path) -> None:
+    model = build_factored(llama().config, SCTConfig(r=8, init="random", target_modules="all-linear"))
+    save_factored(model, tmp_path / "factored")
+    rows = run("prune", tmp_path / "factored", tmp_path / "same", "--share", 1.0)
+    assert all(row["values"] == row["kept"] == 8 for row in rows)
+    torch.testing.assert_close(logits(load_factored(tmp_path / "same")), logits(model))
+    assert 'load_factored("same")' in (tmp_path / "same" / "README.md").read_text()
+
+
+def test_nothing_is_exported_over_what_is_there(saved: tuple[PeftModel, Path], method: Method) -> None:
+    _, folder = saved
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for words in (["export"], ["export", "--to", "merged"]):
+        with pytest.raises(SpectralError, match="is not empty"):
+            run(words[0], folder, folder, *words[1:], "--base", folder.parent / "base")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("targets", "count"), [("q_proj", 2), ("q_proj, v_proj", 4), (r".*\.0\..*_proj", 7)])
+def test_targets_are_names_or_a_regular_expression(targets: str, count: int, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    assert len(run("suggest-ranks", tmp_path, "--targets", targets)) == count
+
+
 def test_ranks_are_suggested(tmp_path: Path) -> None:
     base = llama()
     base.save_pretrained(tmp_path / "base")
@@ -142,6 +202,9 @@ def test_a_dtype_that_is_none() -> None:
     result = CliRunner().invoke(app, ["export", "adapter", "out", "--to", "merged", "--dtype", "bf16"])
     assert result.exit_code == 2
     assert "'bf16' is not one of" in result.output
+    result = CliRunner().invoke(app, ["export", "adapter", "out", "--dtype", "bfloat16"])
+    assert result.exit_code == 2
+    assert "is for --to merged" in result.output
 
 
 def test_methods_are_listed() -> None:

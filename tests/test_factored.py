@@ -11,7 +11,16 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from spectral_peft import (
     SCTConfig,
@@ -26,6 +35,7 @@ from spectral_peft import (
     step_in_backward,
 )
 from spectral_peft.linalg import orthonormality_error
+from spectral_peft.stored import load_config
 from tests.models import batch, layers, logits, train_, updates
 from tests.tolerance import tolerance
 
@@ -34,6 +44,7 @@ SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "n
 LLAMA = LlamaConfig(vocab_size=200, num_key_value_heads=2, tie_word_embeddings=False, **SIZES)
 OPT = OPTConfig(vocab_size=200, ffn_dim=160, word_embed_proj_dim=96, tie_word_embeddings=False, **SIZES)
 GPT2 = GPT2Config(vocab_size=200, n_embd=96, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False)
+QWEN2 = Qwen2Config(vocab_size=200, num_key_value_heads=2, tie_word_embeddings=False, **SIZES)
 TIED = LlamaConfig(vocab_size=200, tie_word_embeddings=True, **SIZES)
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 
@@ -93,6 +104,63 @@ def test_a_converted_model_can_be_saved_again_and_again(tmp_path: Path) -> None:
     save_factored(get_peft_model(LlamaForCausalLM(LLAMA), config), tmp_path / "once")
     save_factored(load_factored(tmp_path / "once"), tmp_path / "twice")
     assert torch.equal(logits(load_factored(tmp_path / "twice")), logits(load_factored(tmp_path / "once")))
+
+
+def biased() -> nn.Module:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(QWEN2)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(value)
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["gate_proj", "up_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["down_proj"], "keep_base_weight": True},
+    ],
+)
+def test_a_converted_model_is_saved_with_what_does_not_train(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = get_peft_model(biased(), SCTConfig(r=4, **fields))
+    train_(model, lr=1e-2)
+    model.get_base_model().generation_config.eos_token_id = [2, 5]
+    save_factored(model, tmp_path)
+    reloaded = load_factored(tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
+    names = [{name for name, value in each.named_parameters() if value.requires_grad} for each in (model, reloaded)]
+    assert names[0] == names[1]
+    assert reloaded.get_base_model().generation_config.eos_token_id == [2, 5]
+    assert load_config(tmp_path).base_model_name_or_path is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0]},
+        {"target_modules": r".*layers\.0.*q_proj"},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.1.*"},
+    ],
+)
+def test_a_part_of_the_model_may_be_factored(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = build_factored(LLAMA, sct(**fields))
+    train_(model, lr=1e-2)
+    save_factored(model, tmp_path)
+    assert torch.equal(logits(load_factored(tmp_path)), logits(model))
+
+
+def test_an_adapter_alone_is_no_factored_model(tmp_path: Path) -> None:
+    """PEFT leaves out what does not train, and that would be as good as random."""
+    model = get_peft_model(biased(), SCTConfig(r=4, target_modules=["gate_proj", "up_proj"]))
+    model.save_pretrained(tmp_path)
+    QWEN2.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        SpectralError, match=r"lacks 23 tensors of the model, such as base_model\.model\.lm_head\.weight"
+    ):
+        load_factored(tmp_path)
 
 
 def test_what_is_not_factored_starts_as_transformers_starts_it() -> None:

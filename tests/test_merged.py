@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+)
 
 import spectral_peft.merged
 from spectral_peft import SCTConfig, SpectralError, SSTConfig, SVFitConfig, build_factored, export_merged
 from tests.methods import Method
-from tests.models import gpt2, layers, llama, logits, train_
+from tests.models import batch, gpt2, layers, llama, logits, train_
 from tests.test_factored import GPT2, LLAMA, sct
 from tests.tolerance import tolerance
 
@@ -98,6 +108,58 @@ def test_a_head_that_was_trained_apart_from_its_embedding_is_not_tied_again(tmp_
     export_merged(model, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), logits(model), rtol=FUNCTION, atol=FUNCTION)
+
+
+SIZES = {"vocab_size": 64, "d_model": 32}
+BART = BartConfig(
+    **SIZES,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    max_position_embeddings=32,
+)
+T5 = T5Config(**SIZES, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+HIDDEN = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+BERT = BertConfig(vocab_size=64, num_hidden_layers=1, **HIDDEN)
+TIES = [(BART, "lm_head"), (BART, "shared"), (T5, "lm_head"), (T5, "shared")]
+TIES += [(BERT, "predictions.decoder"), (BERT, "word_embeddings")]
+
+
+@pytest.mark.parametrize(("config", "trained"), [*TIES, (BART, None), (T5, None), (BERT, None)])
+def test_of_several_ties_one_may_be_broken(config: Any, trained: str | None, tmp_path: Path) -> None:
+    model_cls = AutoModelForMaskedLM if config is BERT else AutoModelForSeq2SeqLM
+    base = model_cls.from_config(config).eval()
+    for name, value in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value)
+    saved = None if trained is None else [trained]
+    model = get_peft_model(base, SVFitConfig(r=4, target_modules=["q_proj", "q", "query"], modules_to_save=saved))
+    train_(model, 1e-2)
+    export_merged(model, tmp_path)
+    merged = model_cls.from_pretrained(tmp_path).eval()
+    inputs = {"input_ids": batch(), "labels": batch()}
+    with torch.no_grad():
+        expected, found = model.eval()(**inputs).logits, merged(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=FUNCTION, atol=FUNCTION * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_experts_have_the_names_of_published_checkpoints(shard_bytes: int, tmp_path: Path) -> None:
+    config = MixtralConfig(vocab_size=64, num_local_experts=4, num_key_value_heads=2, num_hidden_layers=2, **HIDDEN)
+    base = MixtralForCausalLM(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    published = load_file(tmp_path / "base" / "model.safetensors").keys()
+    model = get_peft_model(base, SVFitConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    train_(model, 1e-2)
+    export_merged(model, tmp_path / "dense", shard_bytes=shard_bytes)
+    files = [load_file(file) for file in sorted((tmp_path / "dense").glob("*.safetensors"))]
+    assert (len(files) > 1) == (shard_bytes < 10**9)
+    assert {name for file in files for name in file} == published
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(logits(merged), logits(model), rtol=FUNCTION, atol=FUNCTION)
 
 
