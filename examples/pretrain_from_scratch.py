@@ -20,8 +20,20 @@ from typing import Literal
 import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import ByteLevelBPETokenizer
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.hf_argparser import HfArg
 
 from spectral_peft import (
@@ -54,14 +66,20 @@ class Arguments:
     learning_rate: float = HfArg(default=3e-3, help="peak of the schedule, of embeddings, norms and head")
 
 
-def blocks(text: str, vocabulary: int, length: int) -> Dataset:
-    """The text as blocks of `length` tokens of a byte-level BPE that is trained on it."""
-    lines = load_dataset("text", data_files=text, split="train")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(lines[:100_000]["text"], vocab_size=vocabulary, show_progress=False)
+def trained_tokenizer(lines: Dataset, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the text."""
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(vocab_size=vocabulary, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(lines[:100_000]["text"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def blocks(lines: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> Dataset:
+    """The text as blocks of `length` tokens."""
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = list(chain.from_iterable(encoding.ids for encoding in bpe.encode_batch(batch["text"])))
+        ids = list(chain.from_iterable(tokenizer(batch["text"])["input_ids"]))
         rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
         return {"input_ids": rows, "labels": rows}
 
@@ -102,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> float:
     (arguments,) = HfArgumentParser(Arguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(argv)
 
     set_seed(0)
-    data = blocks(arguments.text, arguments.vocabulary, arguments.length).train_test_split(0.01, seed=0)
+    lines = load_dataset("text", data_files=arguments.text, split="train")
+    tokenizer = trained_tokenizer(lines, arguments.vocabulary)
+    data = blocks(lines, tokenizer, arguments.length).train_test_split(0.01, seed=0)
     model = spectral_llama(arguments)
     print(parameter_report(model))
     training = TrainingArguments(
@@ -122,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     loss = trainer.evaluate()["eval_loss"]
     merged = Path(arguments.output_dir) / "merged"
     model.merge_and_unload().save_pretrained(merged)
-    print(f"held-out loss {loss:.3f}; a plain model is in {merged}")
+    tokenizer.save_pretrained(merged)
+    print(f"held-out loss {loss:.3f}; a plain model and its tokenizer are in {merged}")
     return loss
 
 

@@ -35,7 +35,6 @@ def cached_factors(weight: Tensor, key_parts: tuple[str, ...], compute: Callable
     if not directory or weight.is_meta:
         return compute()
     path = Path(directory) / f"{_key(weight, key_parts)}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     factors = _load(path, weight.device)
     if factors is None:
         factors = compute()
@@ -65,6 +64,7 @@ def _load(path: Path, device: torch.device) -> Factors | None:
 def _store(path: Path, factors: Factors) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in factors._asdict().items()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # In the same directory, because a file can be replaced atomically only within a file system.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             save_file(tensors, Path(folder) / path.name)

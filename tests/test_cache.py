@@ -138,3 +138,12 @@ def test_meta_weight_is_not_hashed(directory: Path) -> None:
     cached_factors(torch.empty(6, 4, device="meta"), (), compute)
     assert compute.calls == 1
     assert not directory.exists()
+
+
+def test_a_directory_that_cannot_be_made_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECTRAL_PEFT_CACHE", str(tmp_path / "file" / "cache"))
+    compute = Counted(gaussian(6, 4))
+    with pytest.warns(UserWarning, match="could not be cached"):
+        cached_factors(compute.weight, (), compute)
+    assert compute.calls == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.scripts import example
 
@@ -40,6 +40,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(arguments: list[str], method:
     models = [AutoModelForCausalLM.from_pretrained(path / "merged") for path in (tmp_path / "whole", folder)]
     for value, other in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(value, other)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    text = "the square of 12 is 144, and its cube is 1728"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_it_learns(arguments: list[str], method: list[str], tmp_path: Path) -> None:
