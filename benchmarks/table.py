@@ -23,7 +23,6 @@ FALLING = frozenset({"loss", "perplexity"})  # qualities of which less is better
 OWN_TYPES = "SPECTRAL_"
 REFERENCE = "lora"
 NOT_MEASURED = "not measured"
-EARLIER = "†"
 SIGNIFICANT = 0.05
 MIB = 2**20
 
@@ -52,10 +51,6 @@ class Row:
     @property
     def is_own(self) -> bool:
         return (self.experiment.adapter or {}).get("peft_type", "").startswith(OWN_TYPES)
-
-    @property
-    def is_of_earlier_code(self) -> bool:
-        return any("note" in run for run in self.runs)
 
     def values(self, group: str, key: str) -> dict[int, float]:
         """By seed."""
@@ -115,8 +110,6 @@ def _group(experiments: Sequence[Experiment], results: Path) -> str:
         metrics = list(rows[0].runs[0]["quality"])
         rows.sort(key=lambda row: row.mean("quality", metrics[0]) * (1 if metrics[0] in FALLING else -1))
         lines += [*_table(rows, metrics), "", *_losses(rows, metrics[0])]
-    if any(row.is_of_earlier_code for row in rows):
-        lines += ["", f"{EARLIER} Runs by an earlier version of the package and of this harness."]
     if diverged := [name for name, row in found.items() if row and not row.runs]:
         lines += ["", f"Diverged at every rate: {', '.join(diverged)}."]
     if missing := [f"{name} ({count})" for name, count in _missing(experiments, found, results).items() if count]:
@@ -157,7 +150,7 @@ def _table(rows: list[Row], metrics: list[str]) -> list[str]:
 def _cells(row: Row, metrics: list[str], reference: Row | None) -> list[str]:
     relative = row.cost("train_cpu_seconds") / reference.cost("train_cpu_seconds") if reference else math.nan
     return [
-        (f"**{row.name}**" if row.is_own else row.name) + (f" {EARLIER}" if row.is_of_earlier_code else ""),
+        f"**{row.name}**" if row.is_own else row.name,
         _grid(row),
         str(len(row.runs)) + (f", {row.diverged} diverged" if row.diverged else ""),
         *(_with_spread(row, "quality", metric) for metric in metrics),
